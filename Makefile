@@ -1,0 +1,55 @@
+# Needs Python 3.10 or newer, git and make; the rest is set up on first use in .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+export PYTHONUNBUFFERED := 1
+
+# The first interpreter that starts and can make an environment; `make PYTHON=...` names another.
+RUNS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3.13 python3; do \
+	"$$p" -c '$(RUNS)' >/dev/null 2>&1 && echo "$$p" && break; done)
+EXTRAS := dev,demo,diffusers,bench
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+TREE := build/typecheck
+
+.PHONY: help install demo test lint typecheck pytest bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## the environment and the package, editable
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer with the venv module was found; name one: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BIN)/python pyproject.toml setup.cfg setup.py constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)  ## run examples/demo.py
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: lint typecheck pytest  ## everything that has to pass
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+
+# mypy knows nothing of package_dir: it gets links under the names that the packages have when installed,
+# and its messages name the folders again.
+typecheck: $(STAMP)  ## mypy --strict
+	@rm -rf $(TREE) && mkdir -p $(TREE)/cache_dit
+	@cd $(TREE)/cache_dit && ln -s ../../../cache_dit/* ../../../passes ../../../comfy .
+	set -o pipefail; cd $(TREE) && ../../$(BIN)/mypy --strict --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache -p cache_dit | sed -E 's#^cache_dit/(passes|comfy)/#\1/#'
+
+pytest: $(STAMP)  ## the tests; ARGS="-k name" picks some
+	$(BIN)/pytest --durations=10 $(ARGS)
+
+bench: $(STAMP)  ## measure speed and quality
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:  ## remove what was built, the environment too
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

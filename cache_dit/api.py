@@ -1,0 +1,310 @@
+"""The public functions: turn caching on and off for a model, name runs and contexts, read what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from .backend import owned_backend
+from .errors import CacheDitError, NoBlocksError
+from .explanation import Explanation, explain_session
+from .integrations.targets import denoisers_of, follow_integration, leave_integration
+from .messages import warn
+from .options import CacheOptions, resolve_options, set_global_config
+from .runtime.call import CachedCall
+from .runtime.registry import all_sessions, model_name, register_module, session_of_module, sessions_of
+from .runtime.session import Session, context_names
+from .statistics import CacheStats, format_summary, global_stats_dict, merge_stats
+from .structure import may_have_blocks
+from .texts import text
+
+Model = TypeVar("Model")
+
+
+def enable_cache(
+    model: Model,
+    *,
+    skip_interval: int | None = None,
+    warmup_steps: int | None = None,
+    strategy: str | None = None,
+    noise_scale: float | None = None,
+    enable_stats: bool | None = None,
+    debug: bool | None = None,
+    front_blocks: int | None = None,
+    back_blocks: int | None = None,
+    residual_dtype: torch.dtype | str | None = None,
+    residual_device: torch.device | str | None = None,
+    schedule: str | Sequence[bool] | None = None,
+    start_percent: float | None = None,
+    end_percent: float | None = None,
+    region: str | tuple[str, str] | None = None,
+    forecast: str | None = None,
+    order: int | None = None,
+    tolerance: float | None = None,
+    target_speedup: float | None = None,
+    correction: str | bool | None = None,
+    max_consecutive_hits: int | None = None,
+    lowering: str | None = None,
+    inner: str | Callable[..., Any] | None = None,
+    inner_options: Mapping[str, Any] | None = None,
+    strict: bool | None = None,
+    language: str | None = None,
+    **unknown: object,
+) -> Model:
+    """Turn caching on for a model, in place, and return it.
+
+    The model compiles at its next call. From then on the blocks behind the first ``front_blocks`` are computed at some
+    steps and predicted at the others, as ``strategy`` says; in grad mode every call computes.
+
+    Args:
+        model: an ``nn.Module``, or a diffusers pipeline (each of its denoisers is enabled).
+        skip_interval: of this many steps one is skipped (int >= 1; default 2).
+        warmup_steps: steps at the start of a run that always compute (int >= 0; default 3, adaptive: its own choice).
+        strategy: ``'fixed'`` (default), ``'dynamic'`` or ``'adaptive'``.
+        noise_scale: noise added where a result is reused, as a share of the residual's root mean square (0 to 1; 0.001).
+        enable_stats: whether calls are timed (default True).
+        debug: whether each call prints one line (default False).
+        front_blocks, back_blocks: blocks at the start and the end of the chain that always compute (default 1, 0).
+        residual_dtype, residual_device: how residuals are kept (default: as the model's own values).
+        schedule: an explicit mask by step, ``'1'`` or True = compute; overrides the strategy.
+        start_percent, end_percent: skip only within this part of a run whose number of steps is known (0.0, 1.0).
+        region: module path, or a pair of them, of the part to cache where the finder should not choose.
+        forecast: how a skipped step predicts the residual: ``'auto'``, ``'reuse'``, ``'taylor'``, ``'lagrange'``,
+            ``'hermite'``, ``'adams_bashforth'``.
+        order: order of the forecast (1 to 3; default 1).
+        tolerance: adaptive: how far the input of the cached blocks may move, relative to its size, between computed steps.
+        target_speedup: adaptive: by what factor the cached blocks' work is to fall over a run.
+        correction: ``'auto'`` or a bool.
+        max_consecutive_hits: the most steps skipped in a row (default 4; adaptive: its own choice).
+        lowering: ``'auto'``, ``'specialize'``, ``'cond'`` or ``'pieces'``.
+        inner: the compiler that gets the rewritten graph: ``'inductor'`` (default), ``'aot_eager'``, ``'eager'``, another
+            backend of torch, or a callable (graph module, example inputs) -> callable.
+        inner_options: options for it.
+        strict: raise `CacheDitError` where nothing could be cached, instead of warning once.
+        language: ``'zh'`` or ``'en'``.
+
+    An option left out or None takes the global configuration's value, else the default above. A model that has caching on
+    already is returned as it is, with a warning.
+
+    Raises:
+        ValueError, TypeError: a wrong option; the model is untouched.
+        CacheDitError: no transformer blocks in the model.
+    """
+    named = {name: value for name, value in locals().items() if name not in ("model", "unknown")}
+    options = resolve_options({**named, **unknown})
+    targets = denoisers_of(model, options.language)
+    if any(_is_enabled(module) for module in targets):
+        warn("already_enabled", options.language)
+        return model
+    for module in targets:
+        if not may_have_blocks(module):
+            raise NoBlocksError(text("no_transformer", options.language))
+    for module in targets:
+        _enable(module, options)
+    follow_integration(model, [_own_session(module) for module in targets])
+    return model
+
+
+def _is_enabled(module: torch.nn.Module) -> bool:
+    return isinstance(module._compiled_call_impl, CachedCall)
+
+
+def _enable(module: torch.nn.Module, options: CacheOptions) -> None:
+    session = Session(options, model_name(module), owns_calls=True)
+    call = CachedCall(module, session, owned_backend(options.program()))
+    session.replaced_call = vars(module).get("_compiled_call_impl", _ABSENT)
+    register_module(module, session)
+    module._compiled_call_impl = call
+
+
+_ABSENT: Any = object()
+
+
+def _own_session(module: torch.nn.Module) -> Session:
+    session = session_of_module(module)
+    if session is None:
+        raise AssertionError("the module was just enabled")
+    return session
+
+
+def disable_cache(model: Model) -> Model:
+    """Turn caching off and put the model's ``compile`` slot back as it was; what was measured stays readable.
+
+    A model without caching is left alone, with a warning.
+    """
+    modules = denoisers_of(model, None, required=False)
+    sessions = [session for module in modules for session in _sessions_in_force(module)]
+    if not sessions:
+        warn("nothing_to_disable")
+        return model
+    leave_integration(model)
+    for module in modules:
+        _disable(module)
+    return model
+
+
+def _sessions_in_force(module: torch.nn.Module) -> list[Session]:
+    return [session for session in sessions_of(module) if session.enabled]
+
+
+def _disable(module: torch.nn.Module) -> None:
+    for session in _sessions_in_force(module):
+        session.enabled = False
+        session.release()
+    if not _is_enabled(module):
+        return
+    session = _own_session(module)
+    if session.replaced_call is _ABSENT:
+        del module._compiled_call_impl
+    else:
+        module._compiled_call_impl = session.replaced_call
+    session.replaced_call = None
+    session.call_time = None
+
+
+def summary(model: object) -> str:
+    """The statistics of a model as text; of a pipeline the sum over its denoisers."""
+    sessions = _sessions(model)
+    if not sessions:
+        return text("never_enabled")
+    return format_summary(_merged(model, sessions), sessions[0].options.language)
+
+
+def get_stats(model: object) -> CacheStats:
+    """Every measured figure of a model, frozen; of a pipeline the sum over its denoisers.
+
+    Raises:
+        CacheDitError: caching was never turned on for this model, or it has not been called yet.
+    """
+    return _merged(model, _required_sessions(model))
+
+
+def get_global_stats() -> dict[str, object]:
+    """The statistics of all models as a dictionary: totals, and ``model_details`` by model."""
+    return global_stats_dict([session.statistics() for session in all_sessions()])
+
+
+def reset_cache_stats() -> None:
+    """Set every statistic to zero; caching stays on, and what is stored stays stored."""
+    for session in all_sessions():
+        session.timer.discard()
+        session.counters.reset()
+
+
+def explain(model: object) -> Explanation:
+    """What the compiler found in a model: blocks, region, live values, buffers, graphs, refusals. Print it to read it.
+
+    Of a pipeline, the first denoiser's.
+
+    Raises:
+        CacheDitError: caching was never turned on for this model, or (under bare ``torch.compile``) it was not called yet.
+    """
+    return explain_session(_required_sessions(model)[0])
+
+
+def new_run(
+    model: object,
+    num_steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    solver: str | None = None,
+    prediction: str | None = None,
+) -> None:
+    """Say that the next call begins a new run: nothing stored so far is used in it.
+
+    Args:
+        model: a model with caching on.
+        num_steps: number of steps of the run.
+        sigmas: its noise levels, one per step and the last.
+        solver: name of the solver, such as ``'euler'``.
+        prediction: what the model predicts: ``'flow'``, ``'epsilon'`` or ``'v'``.
+
+    Raises:
+        CacheDitError: caching is not on for this model.
+        ValueError, TypeError: a wrong argument.
+    """
+    _check_run(num_steps, sigmas, solver, prediction)
+    for session in _required_sessions(model):
+        with session.lock:
+            session.new_run(num_steps, sigmas)
+
+
+def _check_run(num_steps: object, sigmas: Sequence[float] | None, solver: object, prediction: object) -> None:
+    if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool)):
+        raise TypeError(f"num_steps={num_steps!r}: an int is wanted")
+    if isinstance(num_steps, int) and num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: at least 1 is wanted")
+    if sigmas is not None and len(sigmas) < 2:
+        raise ValueError(f"sigmas has {len(sigmas)} entries: one per step and the last are wanted, 2 at least")
+    if solver is not None and not isinstance(solver, str):
+        raise TypeError(f"solver={solver!r}: a str is wanted")
+    if prediction not in (None, "flow", "epsilon", "v"):
+        raise ValueError(f"prediction={prediction!r}: 'flow', 'epsilon', 'v' or None is wanted")
+
+
+@contextmanager
+def context(model: object, name: str) -> Iterator[None]:
+    """Calls inside belong to the context ``name`` of this model: positive or negative prompt, an expert, a request.
+
+    Raises:
+        CacheDitError: caching is not on for this model.
+        TypeError: ``name`` is not a str.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: a str is wanted")
+    names = {id(session): name for session in _required_sessions(model)}
+    token = context_names.set({**context_names.get(), **names})
+    try:
+        yield
+    finally:
+        context_names.reset(token)
+
+
+@contextmanager
+def cached(model: Model, **options: Any) -> Iterator[Model]:
+    """`enable_cache` on entry, `disable_cache` on exit. A model that had caching on keeps it, with its settings."""
+    already = bool([s for m in denoisers_of(model, None, required=False) for s in _sessions_in_force(m)])
+    enable_cache(model, **options)
+    try:
+        yield model
+    finally:
+        if not already:
+            disable_cache(model)
+
+
+def _sessions(model: object) -> list[Session]:
+    return [session for module in denoisers_of(model, None, required=False) for session in sessions_of(module)]
+
+
+def _required_sessions(model: object) -> list[Session]:
+    sessions = _sessions(model)
+    if not sessions:
+        raise CacheDitError(text("never_enabled"))
+    return sessions
+
+
+def _merged(model: object, sessions: Sequence[Session]) -> CacheStats:
+    parts = [session.statistics() for session in sessions]
+    return parts[0] if len(parts) == 1 else merge_stats(parts, model_name(model))
+
+
+enable, disable, stats = enable_cache, disable_cache, summary
+
+__all__ = [
+    "cached",
+    "context",
+    "disable",
+    "disable_cache",
+    "enable",
+    "enable_cache",
+    "explain",
+    "get_global_stats",
+    "get_stats",
+    "new_run",
+    "reset_cache_stats",
+    "set_global_config",
+    "stats",
+    "summary",
+]

@@ -1,0 +1,204 @@
+"""The backend: a Dynamo graph in, a callable out. Once for each graph; what happens at every call is the runtime's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import passes
+from .explanation import GraphReport, describe_region
+from .errors import CacheDitError, NoBlocksError
+from .lowering import choose_lowering, with_cache_examples
+from .messages import announce, warn
+from .options import CacheOptions, ProgramOptions, resolve_options
+from .runtime.program import CachedGraph, UncachedGraph, sizes_are_known
+from .runtime.registry import session_of_parameter
+from .runtime.session import Session, active_session
+from .texts import text
+from .torch_internals import break_reason, copy_dynamo_graph, frame_id, inner_compiler, recompile_reason
+
+
+def cache_dit_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend of ``torch.compile(model, backend="cache_dit", options={...})``; options as `enable_cache` has them.
+
+    Raises:
+        ValueError, TypeError: a wrong option; reaches the user as the ``__cause__`` of torch's own error.
+        CacheDitError: nothing could be cached and ``strict`` was asked for.
+    """
+    resolved = _interned(resolve_options(options))
+    return compile_graph(gm, example_inputs, resolved.program(), mode, _UnownedCalls(resolved))
+
+
+class OwnedBackend:
+    """The backend of models enabled by `enable_cache`: one object for equal programs, so that models share code."""
+
+    def __init__(self, program: ProgramOptions, mode: str | None) -> None:
+        self.program, self.mode = program, mode
+        self.__name__ = "cache_dit"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_graph(gm, example_inputs, self.program, self.mode, _OwnedCalls())
+
+
+@functools.lru_cache(maxsize=256)
+def owned_backend(program: ProgramOptions, mode: str | None = None) -> OwnedBackend:
+    """The one backend object for these options: Dynamo compiles anew for each object."""
+    return OwnedBackend(program, mode)
+
+
+class _OwnedCalls:
+    """Calls bracketed by `enable_cache`: the session in force is the one of the model being called."""
+
+    options: CacheOptions | None = None
+
+    def find(self, graph: CachedGraph, args: Sequence[Any]) -> Session | None:
+        return active_session.get()
+
+    def note(self, graph: UncachedGraph) -> None:
+        session = active_session.get()
+        if session is not None:
+            session.note_uncached(graph)
+
+    def compiled(self, report: GraphReport) -> None:
+        session = active_session.get()
+        if session is not None:
+            session.compiled(report.compile_seconds)
+
+
+class _UnownedCalls:
+    """Calls under bare ``torch.compile``: the session is found by a parameter among the graph's inputs."""
+
+    # whether a region was found in the frames since the last one that was traced to its end
+    found = False
+
+    def __init__(self, options: CacheOptions) -> None:
+        self.options = options
+
+    def find(self, graph: CachedGraph, args: Sequence[Any]) -> Session | None:
+        if graph.weight_index is None:
+            return None
+        session = session_of_parameter(args[graph.weight_index], self.options, graph.report.model)
+        if not graph.report.booked:
+            graph.report.booked = True
+            session.compiled(graph.report.compile_seconds)
+        return session
+
+    def note(self, graph: UncachedGraph) -> None:
+        """Nobody asks for graphs of a model that is not known."""
+
+    def compiled(self, report: GraphReport) -> None:
+        """Say what could not be cached, once the last graph of a frame has been seen."""
+        _UnownedCalls.found |= report.region is not None
+        if report.break_reason is not None:
+            return
+        if not _UnownedCalls.found and report.reason is not None:
+            key = "grad_mode" if report.reason == "grad_mode" else "no_region"
+            warn(key, self.options.language, details=report.refusal_text(self.options.language))
+        _UnownedCalls.found = False
+
+
+_Calls = _OwnedCalls | _UnownedCalls
+_interned_options: list[CacheOptions] = []
+
+
+def _interned(options: CacheOptions) -> CacheOptions:
+    """The first options object equal to this one, so that graphs of one model find one session."""
+    for known in _interned_options:
+        if known == options:
+            return known
+    _interned_options.append(options)
+    return options
+
+
+def compile_graph(
+    gm: fx.GraphModule, examples: Sequence[Any], program: ProgramOptions, mode: str | None, calls: _Calls
+) -> Callable[..., Any]:
+    """Run the passes over a copy of the graph and compile what comes out with the inner compiler."""
+    compile_inner = inner_compiler(program.inner, mode, dict(program.inner_options))
+    report = GraphReport.of(gm, break_reason(gm), recompile_reason())
+    language = calls.options.language if calls.options is not None else _language_of_session()
+    _announce_start(report, language)
+    start = perf_counter()
+    rewritten = _rewrite(gm, program)
+    runnable: CachedGraph | UncachedGraph
+    if isinstance(rewritten, passes.Refusal):
+        report.reason, report.detail = rewritten.key, rewritten.detail
+        _raise_if_strict(report, program, calls, language)
+        runnable = UncachedGraph(compile_inner(copy_dynamo_graph(gm), examples), report, calls.note)
+    else:
+        graph, region, inputs = rewritten
+        report.region = describe_region(region, inputs)
+        lowering = choose_lowering(program.lowering)
+        report.lowering = lowering.name
+        programs = lowering.lower(graph, with_cache_examples(graph, examples), compile_inner)
+        plain = _plain(copy_dynamo_graph(gm), program)
+        runnable = CachedGraph(calls.find, programs, plain, inputs, gm, report, frame_id(gm))
+    report.compile_seconds = perf_counter() - start
+    announce(text("compiled", language, seconds=report.compile_seconds))
+    calls.compiled(report)
+    return runnable
+
+
+def _rewrite(
+    gm: fx.GraphModule, program: ProgramOptions
+) -> tuple[fx.GraphModule, passes.Region, passes.CacheInputs] | passes.Refusal:
+    """The passes up to the cond form, over a copy."""
+    if torch.is_grad_enabled():
+        return passes.Refusal("grad_mode")
+    graph = copy_dynamo_graph(gm)
+    named = (program.region, program.region) if isinstance(program.region, str) else program.region
+    region = passes.choose_region(
+        graph, passes.find_blocks(graph), front=program.front_blocks, back=program.back_blocks, named=named
+    )
+    if isinstance(region, passes.Refusal):
+        return region
+    passes.outline_region(graph, region)
+    branch = passes.BranchOptions(
+        program.history, program.noise, program.front_clock, program.residual_dtype, program.residual_device
+    )
+    inputs = passes.insert_cache_branch(graph, region, branch)
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    if not sizes_are_known(inputs, placeholders):
+        return passes.Refusal("sizes_unknown")
+    graph.graph.lint()
+    graph.recompile()
+    return graph, region, inputs
+
+
+def _plain(gm: fx.GraphModule, program: ProgramOptions) -> Callable[..., Any]:
+    """The graph as it was traced, for calls that must not use the cache; compiled when the first of them comes."""
+    if program.inner == "eager":
+        run: Callable[..., Any] = gm.forward
+        return run
+    return torch.compile(gm, backend=program.inner, dynamic=True)
+
+
+def _announce_start(report: GraphReport, language: str | None) -> None:
+    if report.recompile_reason is not None:
+        announce(text("recompiling", language, what=report.recompile_reason))
+    else:
+        announce(text("compiling", language))
+
+
+def _raise_if_strict(report: GraphReport, program: ProgramOptions, calls: _Calls, language: str | None) -> None:
+    """Under bare ``torch.compile`` the last graph of a frame is where it is known that nothing was found."""
+    if not program.strict or isinstance(calls, _OwnedCalls) or report.break_reason or _UnownedCalls.found:
+        return
+    error = NoBlocksError if report.reason == "no_blocks" else CacheDitError
+    raise error(text("no_region", language, details=report.refusal_text(language)))
+
+
+def _language_of_session() -> str | None:
+    session = active_session.get()
+    return session.options.language if session is not None else None

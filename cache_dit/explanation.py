@@ -1,0 +1,255 @@
+"""What the compiler found in a model, as data and in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from .passes.graph_values import example_of, is_parameter
+from .passes.module_paths import is_compute
+from .texts import TEXTS, text
+
+if TYPE_CHECKING:
+    from .passes import CacheInputs, Region, ResidualBuffer
+    from .runtime.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class ValueReport:
+    """A tensor that enters or leaves the region: its name in the graph, sizes (symbols where dynamic) and dtype."""
+
+    name: str
+    sizes: tuple[str, ...]
+    dtype: str
+    base: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join(self.sizes)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class RegionReport:
+    """The cached part of one graph. ``buffer_bytes`` is for one context; None where sizes are only known at a call."""
+
+    lists: tuple[str, ...]
+    front: tuple[str, ...]
+    cached: tuple[str, ...]
+    back: tuple[str, ...]
+    nodes: int
+    live_ins: tuple[ValueReport, ...]
+    live_outs: tuple[ValueReport, ...]
+    weights: int
+    history: int
+    buffer_bytes: int | None
+
+
+@dataclass(slots=True)
+class GraphReport:
+    """One traced graph. ``reason`` is None where a region was found, else a key of the texts."""
+
+    model: str
+    nodes: int
+    break_reason: str | None
+    recompile_reason: str | None
+    region: RegionReport | None = None
+    reason: str | None = None
+    detail: str = ""
+    lowering: str = ""
+    compile_seconds: float = 0.0
+    booked: bool = False
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, break_reason: str | None, recompile_reason: str | None) -> GraphReport:
+        """What is known of a graph before the passes run."""
+        nodes = [node for node in gm.graph.nodes if is_compute(node)]
+        stacks = (node.meta.get("nn_module_stack") for node in nodes)
+        stack = next((stack for stack in stacks if stack), {})
+        root = next((cls for _, cls in stack.values()), None)
+        return cls(getattr(root, "__name__", str(root or "model")), len(nodes), break_reason, recompile_reason)
+
+    def refusal_text(self, language: str | None) -> str:
+        """Why nothing is cached in this graph, in plain words; '' where something is."""
+        if self.reason is None:
+            return ""
+        key = f"refusal_{self.reason}"
+        return text(key if key in TEXTS else "refusal_other", language, detail=self.detail, reason=self.reason)
+
+
+def describe_region(region: Region, inputs: CacheInputs) -> RegionReport:
+    """The report of a region and of the buffers its cache takes."""
+    live_ins = [node for node in region.live_ins if isinstance(example_of(node), torch.Tensor) and not is_parameter(node)]
+    return RegionReport(
+        lists=region.lists,
+        front=region.front,
+        cached=region.cached,
+        back=region.back,
+        nodes=len(region.nodes),
+        live_ins=tuple(_value(node) for node in live_ins),
+        live_outs=tuple(_value(out.node, out.base) for out in region.live_outs),
+        weights=sum(map(is_parameter, region.live_ins)),
+        history=inputs.history,
+        buffer_bytes=_buffer_bytes(inputs),
+    )
+
+
+def _value(node: fx.Node, base: fx.Node | None = None) -> ValueReport:
+    value = example_of(node)
+    assert isinstance(value, torch.Tensor)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return ValueReport(node.name, tuple(str(size) for size in value.shape), dtype, base.name if base is not None else None)
+
+
+def _buffer_bytes(inputs: CacheInputs) -> int | None:
+    buffers = [*(buffer for buffer in inputs.residuals for _ in range(inputs.history))]
+    if inputs.front is not None:
+        buffers.append(inputs.front)
+    if not all(isinstance(size, int) for buffer in buffers for size in buffer.sizes):
+        return None
+    return sum(_bytes_of(buffer) for buffer in buffers)
+
+
+def _bytes_of(buffer: ResidualBuffer) -> int:
+    count = 1
+    for size in buffer.sizes:
+        count *= int(size)
+    return count * buffer.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the compiler found in one model; ``str()`` of it is the text for the user.
+
+    Attributes:
+        name: class and id of the model.
+        enabled: whether caching is on.
+        called: whether the model has been called, and so compiled, since caching was turned on.
+        graphs: one report for each compiled graph that ran, cached ones first.
+        graph_breaks: the reason and the user's line of each graph break.
+        buffer_bytes: bytes of the buffers for one context, known before the first skip; None where shapes are dynamic.
+        held_bytes: bytes that the buffers of all contexts take now.
+        refused: how often each reason made a step compute that was due to be skipped.
+        compile_seconds: time spent in compiling.
+    """
+
+    name: str
+    enabled: bool
+    called: bool
+    graphs: tuple[GraphReport, ...]
+    graph_breaks: tuple[str, ...]
+    buffer_bytes: int | None
+    held_bytes: int
+    refused: Mapping[str, int]
+    compile_seconds: float
+    notes: tuple[str, ...] = ()
+    language: str | None = field(default=None, repr=False)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Module paths of every block of the chain, in execution order: front, cached, back."""
+        region = self.region
+        return () if region is None else (*region.front, *region.cached, *region.back)
+
+    @property
+    def region(self) -> RegionReport | None:
+        """The region of the first cached graph."""
+        return next((graph.region for graph in self.graphs if graph.region is not None), None)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Sequence[str]:
+        language = self.language
+        lines = [text("explain_title", language, name=self.name, status=self._status())]
+        if not self.called:
+            return [*lines, text("explain_not_called", language)]
+        breaks = len(self.graph_breaks)
+        lines.append(
+            text("explain_graphs", language, graphs=len(self.graphs), breaks=breaks, seconds=self.compile_seconds)
+        )
+        for number, graph in enumerate(self.graphs, 1):
+            lines.extend(_graph_lines(number, graph, language))
+        lines.extend(text("explain_break", language, reason=reason) for reason in self.graph_breaks)
+        lines.append(text("explain_held", language, size=readable_bytes(self.held_bytes)))
+        if self.refused:
+            lines.append(text("explain_refused", language))
+            lines.extend(f"    {refusal_name(key, language)}: {count}" for key, count in self.refused.items())
+        return [*lines, *self.notes]
+
+    def _status(self) -> str:
+        return text("enabled" if self.enabled else "disabled", self.language)
+
+
+def _graph_lines(number: int, graph: GraphReport, language: str | None) -> list[str]:
+    head = text("explain_graph", language, number=number, nodes=graph.nodes, seconds=graph.compile_seconds)
+    region = graph.region
+    if region is None:
+        return [head, "    " + graph.refusal_text(language)]
+    size = text("explain_dynamic", language)
+    if region.buffer_bytes is not None:
+        size = readable_bytes(region.buffer_bytes)
+    lines = [
+        head,
+        text(
+            "explain_region",
+            language,
+            lists=" -> ".join(region.lists) or " .. ".join(region.cached),
+            total=len(region.front) + len(region.cached) + len(region.back),
+            cached=_span(region.cached),
+            count=len(region.cached),
+            front=_span(region.front),
+            back=_span(region.back),
+        ),
+        text("explain_live_ins", language, values=", ".join(map(str, region.live_ins)), weights=region.weights),
+    ]
+    for value in region.live_outs:
+        key = "explain_residual" if value.base else "explain_whole"
+        lines.append(text(key, language, value=str(value), base=value.base))
+    lines.append(text("explain_buffers", language, size=size, history=region.history, lowering=graph.lowering))
+    return lines
+
+
+def _span(paths: Sequence[str]) -> str:
+    if not paths:
+        return "-"
+    return paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]}"
+
+
+def refusal_name(key: str, language: str | None) -> str:
+    """The short name of a reason to compute, for counts."""
+    name = f"count_{key}"
+    return text(name, language) if name in TEXTS else key
+
+
+def readable_bytes(count: int) -> str:
+    """Bytes with a unit that reads well."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def explain_session(session: Session) -> Explanation:
+    """What is known of one session's model."""
+    cached = [graph.report for graph in session.cached_graphs]
+    uncached = [graph.report for graph in session.uncached_graphs]
+    reports = [*cached, *uncached]
+    sizes = [report.region.buffer_bytes for report in cached if report.region is not None]
+    known = [size for size in sizes if size is not None]
+    return Explanation(
+        name=session.name,
+        enabled=session.enabled,
+        called=bool(reports),
+        graphs=tuple(reports),
+        graph_breaks=tuple(report.break_reason for report in reports if report.break_reason is not None),
+        buffer_bytes=max(known) if known and len(known) == len(sizes) else None,
+        held_bytes=session.cache_bytes,
+        refused=dict(session.counters.refused),
+        compile_seconds=session.counters.compile_seconds,
+        language=session.options.language,
+    )

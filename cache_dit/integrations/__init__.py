@@ -1,0 +1,1 @@
+"""How models come wrapped: pipelines of diffusers, patchers of ComfyUI. Integrations translate, they decide nothing."""

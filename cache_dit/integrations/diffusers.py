@@ -1,0 +1,151 @@
+"""diffusers: which modules of a pipeline denoise, and what a pipeline tells about contexts, runs and steps.
+
+Nothing of diffusers is imported or patched. A pipeline names the context of a call through ``cache_context``, which
+reaches every stateful hook in the model's hook registry: one entry there, without a forward of its own, listens.
+(Registry as of diffusers 0.37 to 0.42.)
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..runtime.program import TIME_NAMES
+
+if TYPE_CHECKING:
+    from ..runtime.session import Session
+
+LISTENER_NAME = "cache_dit"
+_REGISTRY = "_diffusers_hook"
+
+
+def is_pipeline(model: object) -> bool:
+    """Whether ``model`` is a pipeline: no module itself, with named components."""
+    return not isinstance(model, (torch.nn.Module, type)) and isinstance(getattr(model, "components", None), Mapping)
+
+
+def denoisers(pipeline: Any) -> list[torch.nn.Module]:
+    """The components that take a timestep and hidden states: the modules a sampler calls at every step.
+
+    Control networks are left out: their output enters the denoiser.
+    """
+    found: dict[int, torch.nn.Module] = {}
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and "control" not in name and _takes_time(component):
+            found[id(component)] = component
+    return list(found.values())
+
+
+def _takes_time(module: torch.nn.Module) -> bool:
+    original = getattr(module, "_orig_mod", module)
+    try:
+        names = inspect.signature(original.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    return any(name in names for name in TIME_NAMES)
+
+
+class _Listener:
+    """An entry of a hook registry that hears the context of each call and the end of each run."""
+
+    _is_stateful = True
+
+    def __init__(self, session: Session, manager_class: type) -> None:
+        self.session = weakref.ref(session)
+        self.states = _listening(manager_class, self.session)
+        self.fn_ref = None
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The pipeline is done with the model."""
+        session = self.session()
+        if session is not None:
+            session.end_run()
+        return module
+
+    def deinitalize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The registry's own spelling; nothing was changed on the module."""
+        return module
+
+
+def _listening(manager_class: type, session: weakref.ref[Session]) -> Any:
+    class Contexts(manager_class):  # type: ignore[misc,valid-type]
+        """A state manager that hands every context to the session."""
+
+        def set_context(self, context: Any) -> None:
+            target = session()
+            if target is not None:
+                target.named_context = None if context is None else str(context.name)
+
+    return Contexts(object)
+
+
+def follow_module(module: torch.nn.Module, session: Session) -> None:
+    """Hear the contexts that pipelines name for this module; nothing where it knows no ``cache_context``."""
+    hooks = sys.modules.get("diffusers.hooks.hooks")
+    if not hasattr(module, "cache_context"):
+        return
+    if hooks is None:
+        import importlib
+
+        hooks = importlib.import_module("diffusers.hooks.hooks")
+    registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
+    if LISTENER_NAME in registry.hooks:
+        leave_module(module)
+        registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
+    reference = hooks.HookFunctionReference()
+    reference.original_forward = reference.forward = module.forward
+    registry.hooks[LISTENER_NAME] = _Listener(session, hooks.StateManager)
+    registry._hook_order.insert(0, LISTENER_NAME)
+    registry._fn_refs.insert(0, reference)
+
+
+def leave_module(module: torch.nn.Module) -> None:
+    """Take the listener out again, and the registry too where nothing else is in it."""
+    registry = vars(module).get(_REGISTRY)
+    if registry is None or LISTENER_NAME not in registry.hooks:
+        return
+    place = registry._hook_order.index(LISTENER_NAME)
+    del registry.hooks[LISTENER_NAME], registry._hook_order[place], registry._fn_refs[place]
+    if not registry.hooks:
+        delattr(module, _REGISTRY)
+
+
+class PipelineRuns:
+    """What a pipeline's scheduler tells about the run: when it starts, its number of steps and its noise levels."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = weakref.ref(pipeline)
+        self._last_index: int | None = None
+
+    def starts_run(self) -> bool:
+        """Whether the scheduler has not taken a step yet, though it had when it was last looked at."""
+        scheduler = self._scheduler()
+        index = getattr(scheduler, "_step_index", None)
+        before, self._last_index = self._last_index, index
+        return before is not None and index is None and hasattr(scheduler, "_step_index")
+
+    def schedule(self) -> tuple[int | None, tuple[float, ...] | None]:
+        """Number of steps and noise levels of the run that begins; None where the scheduler does not say."""
+        scheduler = self._scheduler()
+        timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
+        steps = len(timesteps) if isinstance(timesteps, torch.Tensor) else None
+        if not isinstance(sigmas, torch.Tensor) or sigmas.device.type != "cpu" or sigmas.dim() != 1:
+            return steps, None
+        levels = tuple(sigmas.tolist())
+        return steps, levels if steps is not None and len(levels) == steps + 1 else None
+
+    def _scheduler(self) -> Any:
+        return getattr(self._pipeline(), "scheduler", None)
+
+
+def follow_pipeline(pipeline: Any, sessions: Sequence[Session]) -> None:
+    """Hear contexts at each denoiser; take steps and noise levels from the scheduler where one denoiser runs them all."""
+    for module, session in zip(denoisers(pipeline), sessions, strict=True):
+        follow_module(getattr(module, "_orig_mod", module), session)
+        session.runs = PipelineRuns(pipeline)
+        session.runs_whole_schedule = len(sessions) == 1

@@ -1,0 +1,27 @@
+"""The form with the branch inside: one artifact, whose predicate is an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..runtime.program import Programs
+from ..torch_internals import copy_dynamo_graph
+
+
+def lower_cond(
+    gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[[fx.GraphModule, Sequence[Any]], Any]
+) -> Programs:
+    """Compile the graph whole. Both programs are the same callable; the first cache input says which branch runs."""
+    graph = copy_dynamo_graph(gm)
+    graph.graph.lint()
+    graph.recompile()
+    run = compile_inner(graph, examples)
+
+    def call(flat: Sequence[Any]) -> Sequence[Any]:
+        result: Sequence[Any] = run(*flat)
+        return result
+
+    return Programs(call, call)

@@ -1,0 +1,53 @@
+"""The form with two whole graphs: one that computes the region and one that predicts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
+
+from torch import fx
+
+from ..passes.specialize_branch import specialize_branch
+from ..runtime.program import FlatCall, Programs
+from ..torch_internals import copy_dynamo_graph
+
+
+def lower_specialize(
+    gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[[fx.GraphModule, Sequence[Any]], Any]
+) -> Programs:
+    """Compile the graph once for each decision.
+
+    The reuse graph comes first: AOT autograd leaves notes about the graph it compiled last, and the tracer reads them.
+    """
+    reuse = _specialized(gm, examples, compile_inner, compute=False)
+    compute = _specialized(gm, examples, compile_inner, compute=True)
+    return Programs(compute, reuse)
+
+
+def _specialized(
+    gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[..., Any], compute: bool
+) -> FlatCall:
+    graph = copy_dynamo_graph(gm)
+    specialize_branch(graph, compute=compute)
+    kept = _drop_unused_inputs(graph)
+    graph.graph.lint()
+    graph.recompile()
+    run = compile_inner(graph, [examples[i] for i in kept])
+    if len(kept) == 1:
+        only = kept[0]
+        return lambda flat: run(flat[only])
+    pick = itemgetter(*kept)
+    return lambda flat: run(*pick(flat))
+
+
+def _drop_unused_inputs(gm: fx.GraphModule) -> list[int]:
+    """Erase placeholders that nothing reads: a program that skips the blocks takes none of their weights."""
+    kept = []
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for i, node in enumerate(placeholders):
+        if node.users:
+            kept.append(i)
+        else:
+            gm.graph.erase_node(node)
+    return kept

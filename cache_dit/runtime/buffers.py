@@ -1,0 +1,117 @@
+"""What is stored between steps: the residuals of one region in one context, and what was measured when they were made."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..forecasts import Point
+from ..passes.insert_cache_branch import CacheInputs
+from ..passes.residual_math import statistics_length
+from ..torch_internals import outside_inference_mode, version_of
+
+Sizes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(slots=True)
+class Measurement:
+    """Statistics of a computed step, not yet read: reading waits for the device, so it is left to the next decision."""
+
+    values: torch.Tensor
+    before: tuple[Point, ...]
+    target: Point
+
+
+@dataclass(slots=True)
+class ResidualStore:
+    """The residuals of one region in one context. ``points`` says when each was computed, newest first.
+
+    ``residuals[j][k]`` is the k-th newest residual of live-out j; only the first ``len(points)`` are valid.
+    """
+
+    sizes: Sizes
+    residuals: list[list[torch.Tensor]]
+    measured: torch.Tensor
+    front: torch.Tensor | None
+    weights: WeightMark
+    points: tuple[Point, ...] = ()
+    last_step: int = 0
+    pending: Measurement | None = None
+    change: torch.Tensor | None = None
+    front_known: bool = False
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers, in bytes."""
+        tensors = [tensor for history in self.residuals for tensor in history]
+        tensors += [self.front] if self.front is not None else []
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def operands(self) -> list[torch.Tensor]:
+        """The buffers in the order the programs take them."""
+        flat = [self.front] if self.front is not None else []
+        for history in self.residuals:
+            flat.extend(history)
+        return flat
+
+    def computed(self, point: Point, values: torch.Tensor) -> None:
+        """Note that the program has overwritten the oldest residual with that of ``point``. References move, no data."""
+        self.pending = Measurement(values, self.points, point)
+        self.measured = values
+        for history in self.residuals:
+            history.insert(0, history.pop())
+        self.points = (point, *self.points)[: len(self.residuals[0])]
+
+    def forget(self) -> None:
+        """Nothing stored is valid any more; the memory is kept."""
+        self.points = ()
+        self.pending = None
+        self.change = None
+        self.front_known = False
+        self.errors.clear()
+
+    def drop_newest(self) -> None:
+        """The newest residual turned out not to be finite: take it out of the forecasts."""
+        for history in self.residuals:
+            history.append(history.pop(0))
+        self.points = self.points[1:]
+        self.errors.clear()
+
+
+class WeightMark:
+    """A sample of a model's weights by identity and write counter, to notice that they changed within a run."""
+
+    __slots__ = ("references", "versions")
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self.references = [weakref.ref(weight) for weight in weights]
+        self.versions = version_of(weights)
+
+    def matches(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, not written to since."""
+        for reference, weight in zip(self.references, weights, strict=True):
+            if reference() is not weight:
+                return False
+        return self.versions == version_of(weights)
+
+
+def allocate(inputs: CacheInputs, sizes: Sizes, weights: Sequence[torch.Tensor]) -> ResidualStore:
+    """Take the buffers, filled with zeros: a weight of 0 does not exclude a buffer that holds NaN.
+
+    ``sizes`` has one entry for each live-out, and one for the front's output where the program keeps it.
+    """
+    with outside_inference_mode():
+        residuals = [
+            [torch.zeros(size, dtype=buffer.dtype, device=buffer.device) for _ in range(inputs.history)]
+            for size, buffer in zip(sizes, inputs.residuals, strict=False)
+        ]
+        count = len(inputs.residuals) * statistics_length(inputs.history)
+        measured = torch.zeros(count, dtype=inputs.accumulate, device=inputs.device)
+        front = None
+        if inputs.front is not None:
+            front = torch.zeros(sizes[-1], dtype=inputs.front.dtype, device=inputs.front.device)
+    return ResidualStore(sizes, residuals, measured, front, WeightMark(weights))

@@ -1,0 +1,73 @@
+"""The call of an enabled model: what stands in the ``compile`` slot of an ``nn.Module``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..backend import OwnedBackend
+from ..torch_internals import compile_limits
+from .program import TIME_NAMES, read_time
+from .session import Session, active_session
+
+
+class CachedCall:
+    """Calls the compiled model with its session in force, and brackets the call for the clock and the statistics."""
+
+    def __init__(self, module: torch.nn.Module, session: Session, backend: OwnedBackend) -> None:
+        self.session = session
+        self._module, self._backend = module, backend
+        self._compiled: Callable[..., Any] | None = None
+        self._time_name, self._time_place = _time_argument(module)
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        session.call_time = self._time
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        compiled = self._compiled
+        if compiled is None:
+            compiled = self._compiled = torch.compile(
+                self._module._call_impl, backend=self._backend, **compile_limits()
+            )
+        with session.lock:
+            token = active_session.set(session)
+            self._arguments = (args, kwargs)
+            session.begin()
+            try:
+                result = compiled(*args, **kwargs)
+            except BaseException:
+                session.abort()
+                raise
+            finally:
+                self._arguments = ((), {})
+                active_session.reset(token)
+            session.end()
+        return result
+
+    def _time(self) -> float | None:
+        """The timestep among the arguments of this call, by the name it has in the model's signature."""
+        name = self._time_name
+        if name is None:
+            return None
+        args, kwargs = self._arguments
+        value = kwargs.get(name)
+        if value is None and self._time_place is not None and self._time_place < len(args):
+            value = args[self._time_place]
+        return read_time(value)
+
+
+def _time_argument(module: torch.nn.Module) -> tuple[str | None, int | None]:
+    """Name and place of the timestep in the signature of ``forward``; (None, None) where no name fits."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None, None
+    places = {p.name: i for i, p in enumerate(parameters) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for name in TIME_NAMES:
+        if name in places or name in keyword_only:
+            return name, places.get(name)
+    return None, None

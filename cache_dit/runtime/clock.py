@@ -1,0 +1,170 @@
+"""The step clock: which run, which context and which step a call of the model is.
+
+A run is one sampling. A context is one of the model's parts in a step (positive, negative prompt). A step counts the
+evaluations of the model in one context, from 1 in each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# Unnamed calls at the first timestep before they are taken for new runs of a model that samples in one step.
+MAX_UNNAMED_CONTEXTS = 16
+
+ContextKey = str | int
+
+
+class Tick(NamedTuple):
+    """One call of the model. ``fresh``: nothing stored in this context may be used; ``broke``: the pattern did not hold."""
+
+    run: int
+    context: ContextKey
+    step: int
+    fresh: bool
+    broke: bool
+
+
+@dataclass(slots=True)
+class _Course:
+    """The course of one run's timesteps, as one context (or the unnamed calls together) sees it."""
+
+    run: int
+    first: float | None
+    last: float | None = None
+    direction: int = 0
+
+    def returns(self, time: float | None, known: frozenset[float]) -> bool:
+        """Whether the timestep jumps against the direction that the run's first two distinct timesteps gave."""
+        if time is None or self.last is None or self.direction == 0 or time == self.last:
+            return False
+        return (time > self.last) != (self.direction > 0) and time not in known
+
+    def advance(self, time: float | None) -> None:
+        if time is None:
+            return
+        if self.direction == 0 and self.first is not None and time != self.first:
+            self.direction = 1 if time > self.first else -1
+        if self.first is None:
+            self.first = time
+        self.last = time
+
+
+@dataclass(slots=True)
+class _Unnamed:
+    """Turns of the unnamed contexts: 1 to ``count``, told by the run's first step."""
+
+    course: _Course
+    count: int = 0
+    settled: bool = False
+    turn: int = 0
+    step: int = 1
+
+
+@dataclass(slots=True)
+class _Named:
+    course: _Course
+    step: int = 0
+
+
+@dataclass(slots=True)
+class StepClock:
+    """Counts calls into runs, contexts and steps. ``manual``: the caller has named a run, so timesteps may be missing."""
+
+    run: int = 0
+    manual: bool = False
+    num_steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
+    _known: frozenset[float] = frozenset()
+    _unnamed: _Unnamed | None = None
+    _named: dict[str, _Named] = field(default_factory=dict)
+
+    def new_run(self, num_steps: int | None = None, sigmas: Sequence[float] | None = None) -> None:
+        """Begin a new run with the next call; what was given for the last run is forgotten."""
+        self.end_run()
+        self.manual = True
+        self.announce(num_steps, sigmas)
+
+    def announce(self, num_steps: int | None, sigmas: Sequence[float] | None) -> None:
+        """Note the number of steps and the noise levels of the run that the next call begins."""
+        self.sigmas = None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
+        self._known = frozenset(self.sigmas or ())
+        self.num_steps = num_steps if num_steps is not None else (len(self.sigmas) - 1 if self.sigmas else None)
+
+    def end_run(self) -> None:
+        """Forget where the run was: the next call begins a new one."""
+        self._unnamed = None
+        self._named.clear()
+        self._known, self.sigmas, self.num_steps = frozenset(), None, None
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is under way."""
+        return self._unnamed is not None or bool(self._named)
+
+    def tick(self, time: float | None, name: str | None = None) -> Tick:
+        """Count one call at timestep ``time`` (None: unknown) in the context ``name`` (None: told by the pattern)."""
+        return self._tick_unnamed(time) if name is None else self._tick_named(time, name)
+
+    def _tick_named(self, time: float | None, name: str) -> Tick:
+        state = self._named.get(name)
+        again = state is not None and state.course.last == state.course.first == time and time is not None
+        if state is None or again or state.course.returns(time, self._known):
+            state = _Named(_Course(self._run_for(state.course.run if state is not None else None), time))
+            self._named[name] = state
+        state.step += 1
+        state.course.advance(time)
+        return Tick(state.course.run, name, state.step, state.step == 1, False)
+
+    def _run_for(self, last: int | None) -> int:
+        """The run a context (re)starts in: the session's newest, unless the context was in that one already."""
+        if self.run == 0 or last == self.run or (last is None and not self.running):
+            if last is not None:
+                self._forget_schedule()
+            self.run += 1
+        return self.run
+
+    def _tick_unnamed(self, time: float | None) -> Tick:
+        state = self._unnamed
+        if state is None:
+            return self._begin_unnamed(time, broke=False)
+        if time is None:
+            return self._next_in_turn(state, time)
+        if not state.settled:
+            if time == state.course.first:
+                return self._another_context(state, time)
+            state.settled = True
+            return self._next_in_turn(state, time)
+        if state.turn > 0 and time != state.course.last:
+            return self._begin_unnamed(time, broke=not state.course.returns(time, self._known))
+        if state.course.returns(time, self._known):
+            return self._begin_unnamed(time, broke=False)
+        return self._next_in_turn(state, time)
+
+    def _begin_unnamed(self, time: float | None, broke: bool) -> Tick:
+        if self._unnamed is not None:
+            self._forget_schedule()
+            self.run += 1
+        elif self.run == 0 or not self._named:
+            self.run += 1
+        self._unnamed = _Unnamed(_Course(self.run, time, time), count=1, settled=time is None)
+        return Tick(self.run, 1, 1, True, broke)
+
+    def _another_context(self, state: _Unnamed, time: float) -> Tick:
+        if state.count >= MAX_UNNAMED_CONTEXTS:
+            return self._begin_unnamed(time, broke=False)
+        state.count += 1
+        return Tick(state.course.run, state.count, 1, True, False)
+
+    def _next_in_turn(self, state: _Unnamed, time: float | None) -> Tick:
+        if state.turn == 0:
+            state.step += 1
+        state.course.advance(time)
+        context = state.turn + 1
+        state.turn = (state.turn + 1) % state.count
+        return Tick(state.course.run, context, state.step, False, False)
+
+    def _forget_schedule(self) -> None:
+        """A run that nobody announced has no known sigmas or number of steps: those of the last one are not its own."""
+        self.sigmas, self.num_steps, self._known = None, None, frozenset()

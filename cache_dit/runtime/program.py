@@ -1,0 +1,222 @@
+"""A traced graph as the runtime calls it: compiled programs, what they take, and where the host finds what it must know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..passes.graph_values import example_of, is_parameter
+from ..passes.insert_cache_branch import CacheInputs
+from ..torch_internals import is_unbacked, source_name, symbol_of
+from .buffers import Sizes
+
+if TYPE_CHECKING:
+    from ..explanation import GraphReport
+    from .session import Session
+
+# Names under which diffusion models take the noise level, in the order of preference.
+TIME_NAMES = (
+    "timestep",
+    "timesteps",
+    "t",
+    "time",
+    "times",
+    "sigma",
+    "sigmas",
+    "time_step",
+    "noise_level",
+    "noise_levels",
+    "diffusion_timestep",
+    "time_cond",
+)
+MAX_WATCHED_WEIGHTS = 64
+
+FindSession = Callable[["CachedGraph", Sequence[Any]], "Session | None"]
+FlatCall = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+class Programs:
+    """The two compiled forms of a graph. Each takes the graph's inputs followed by the cache inputs."""
+
+    __slots__ = ("compute", "reuse")
+
+    def __init__(self, compute: FlatCall, reuse: FlatCall) -> None:
+        self.compute, self.reuse = compute, reuse
+
+
+class UncachedGraph:
+    """A graph without a region: runs as it is, and is known to ``explain``."""
+
+    __slots__ = ("_note", "_run", "report")
+
+    def __init__(self, run: Callable[..., Any], report: GraphReport, note: Callable[[UncachedGraph], None]) -> None:
+        self._run, self.report, self._note = run, report, note
+
+    def __call__(self, *args: Any) -> Any:
+        self._note(self)
+        return self._run(*args)
+
+
+class CachedGraph:
+    """A graph with a cached region. Shared by every model of its class: it holds no state of any model."""
+
+    __slots__ = (
+        "_find_session",
+        "_plain",
+        "_shape_of",
+        "frame",
+        "inputs",
+        "outputs",
+        "programs",
+        "report",
+        "time_index",
+        "watched",
+        "weight_index",
+    )
+
+    def __init__(
+        self,
+        find_session: FindSession,
+        programs: Programs,
+        plain: Callable[..., Any],
+        inputs: CacheInputs,
+        original: fx.GraphModule,
+        report: GraphReport,
+        frame: object,
+    ) -> None:
+        placeholders = [node for node in original.graph.nodes if node.op == "placeholder"]
+        self._find_session, self.programs, self._plain = find_session, programs, plain
+        self.inputs, self.report, self.frame = inputs, report, frame
+        self.outputs = len(next(iter(reversed(original.graph.nodes))).args[0])
+        self.time_index = find_time(placeholders)
+        self.weight_index, self.watched = _watched_weights(placeholders)
+        self._shape_of = SizeReader(placeholders, inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        session = self._find_session(self, args)
+        if session is None or not session.enabled:
+            return self._plain(*args)
+        return session.run(self, args)
+
+    def plain(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The graph as it was traced, without the cache."""
+        result: Sequence[Any] = self._plain(*args)
+        return result
+
+    def sizes(self, args: Sequence[Any]) -> Sizes:
+        """Sizes of the buffers for these inputs: one for each live-out, then the front's where it is kept."""
+        return self._shape_of(args)
+
+    def time(self, args: Sequence[Any]) -> float | None:
+        """The timestep among the inputs; None where there is none."""
+        return None if self.time_index is None else read_time(args[self.time_index])
+
+
+class SizeReader:
+    """Computes buffer sizes from a graph's inputs; for static shapes they are constants."""
+
+    def __init__(self, placeholders: Sequence[fx.Node], inputs: CacheInputs) -> None:
+        buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
+        self._expressions = [tuple(symbol_of(size) for size in buffer.sizes) for buffer in buffers]
+        symbols = {s for sizes in self._expressions for e in sizes for s in getattr(e, "free_symbols", ())}
+        self._where = [(symbol, _where_is(symbol, placeholders)) for symbol in sorted(symbols, key=str)]
+        self._known: dict[tuple[int, ...], Sizes] = {}
+        self._constant = self._evaluate(()) if not self._where else None
+
+    def __call__(self, args: Sequence[Any]) -> Sizes:
+        if self._constant is not None:
+            return self._constant
+        values = tuple(args[i] if axis is None else args[i].shape[axis] for _, (i, axis) in self._where)
+        sizes = self._known.get(values)
+        if sizes is None:
+            sizes = self._known[values] = self._evaluate(values)
+        return sizes
+
+    def _evaluate(self, values: tuple[int, ...]) -> Sizes:
+        replaced = {symbol: value for (symbol, _), value in zip(self._where, values, strict=True)}
+        return tuple(
+            tuple(int(e.xreplace(replaced)) if hasattr(e, "xreplace") else int(e) for e in sizes)
+            for sizes in self._expressions
+        )
+
+
+def sizes_are_known(inputs: CacheInputs, placeholders: Sequence[fx.Node]) -> bool:
+    """Whether the host can tell the buffers' sizes from a graph's inputs before it runs."""
+    buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
+    expressions = [symbol_of(size) for buffer in buffers for size in buffer.sizes]
+    if any(is_unbacked(expression) for expression in expressions):
+        return False
+    symbols = {symbol for expression in expressions for symbol in getattr(expression, "free_symbols", ())}
+    return all(_find(symbol, placeholders) is not None for symbol in symbols)
+
+
+def _where_is(symbol: Any, placeholders: Sequence[fx.Node]) -> tuple[int, int | None]:
+    found = _find(symbol, placeholders)
+    if found is None:
+        raise AssertionError(f"no graph input carries the size {symbol}")
+    return found
+
+
+def _find(symbol: Any, placeholders: Sequence[fx.Node]) -> tuple[int, int | None] | None:
+    """(input, None) for a size that is an input itself, (input, axis) for a tensor's."""
+    for i, node in enumerate(placeholders):
+        value = example_of(node)
+        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+            return i, None
+        if isinstance(value, torch.Tensor):
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                    return i, axis
+    return None
+
+
+_LAST_NAME = re.compile(r"\['(\w+)'\]$")
+
+
+def find_time(placeholders: Sequence[fx.Node]) -> int | None:
+    """The graph input that is the timestep, by the name of the argument it comes from.
+
+    Where no name fits, the only floating-point input with at most one dimension is taken.
+    """
+    named: dict[str, int] = {}
+    others = []
+    for i, node in enumerate(placeholders):
+        value = example_of(node)
+        if is_parameter(node) or isinstance(value, torch.SymInt) or not isinstance(value, (torch.Tensor, torch.SymFloat)):
+            continue
+        match = _LAST_NAME.search(source_name(node))
+        if match is not None:
+            named.setdefault(match[1], i)
+        if isinstance(value, torch.SymFloat) or (value.is_floating_point() and value.dim() <= 1):
+            others.append(i)
+    for name in TIME_NAMES:
+        if name in named:
+            return named[name]
+    return others[0] if len(others) == 1 else None
+
+
+def read_time(value: object) -> float | None:
+    """A timestep as a number. Of several (one a sample, one a token) the largest: clean tokens have 0 throughout."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() == 0:
+            return None
+        return float(value.item() if value.numel() == 1 else value.max().item())
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _watched_weights(placeholders: Sequence[fx.Node]) -> tuple[int | None, Callable[[Sequence[Any]], Sequence[Any]]]:
+    """The first parameter's place, and a function that picks a sample of the parameters spread over the graph."""
+    indices = [i for i, node in enumerate(placeholders) if is_parameter(node) and isinstance(example_of(node), torch.Tensor)]
+    if not indices:
+        return None, lambda args: ()
+    if len(indices) > MAX_WATCHED_WEIGHTS:
+        indices = [indices[i * (len(indices) - 1) // (MAX_WATCHED_WEIGHTS - 1)] for i in range(MAX_WATCHED_WEIGHTS)]
+    first = indices[0]
+    if len(indices) == 1:
+        return first, lambda args: (args[first],)
+    return first, itemgetter(*indices)

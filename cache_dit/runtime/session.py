@@ -1,0 +1,520 @@
+"""The state of one cached model: its clock, its contexts with what they store, its decisions and its statistics."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ..forecasts import FORECASTS, Point, choose_forecast, forecast_error
+from ..messages import SaidOnce, announce
+from ..options import CacheOptions
+from ..passes.residual_math import statistics_length
+from ..statistics import CacheStats, Counters, stats_from
+from ..strategies import Decision, StepView, build_strategy
+from ..texts import text
+from ..torch_internals import outside_inference_mode
+from .buffers import Measurement, ResidualStore, allocate
+from .clock import ContextKey, StepClock, Tick
+from .program import CachedGraph, UncachedGraph
+from .timing import CallTimer
+
+# Forecasts that 'auto' compares: all of them use the residuals that the others need too.
+AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
+# Control tensors kept: a run has a few dozen distinct ones, and the next run has the same.
+MAX_CONTROLS = 512
+COMPUTE_FIRST = Decision(False, "first_call")
+
+active_session: ContextVar[Session | None] = ContextVar("cache_dit_active_session", default=None)
+context_names: ContextVar[Mapping[int, str]] = ContextVar("cache_dit_context_names", default={})  # noqa: B039
+
+
+class RunSource(Protocol):
+    """Someone who knows when runs begin, such as a pipeline's scheduler."""
+
+    def starts_run(self) -> bool:
+        """Whether the call being made is the first one of a run, as far as this source can tell."""
+
+    def schedule(self) -> tuple[int | None, tuple[float, ...] | None]:
+        """Number of steps and noise levels of the run that begins."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What one part of the model's step (a prompt, an expert) has stored."""
+
+    run: int = 0
+    stores: dict[tuple[CachedGraph, int], ResidualStore] = field(default_factory=dict)
+    clock: float = 0.0
+    last_increment: float | None = None
+
+    def forget(self) -> None:
+        """Nothing stored is valid any more; buffers are kept for the next run of the same shapes."""
+        for store in self.stores.values():
+            store.forget()
+        self.clock, self.last_increment = 0.0, None
+
+
+@dataclass(slots=True)
+class Forward:
+    """One call of the model, which may run several graphs; they share its step and its decision."""
+
+    tick: Tick | None = None
+    time: float | None = None
+    decision: Decision = COMPUTE_FIRST
+    frames: set[object] = field(default_factory=set)
+    occurrences: dict[CachedGraph, int] = field(default_factory=dict)
+    skipped: int = 0
+    computed: int = 0
+    uncached: int = 0
+    reason: str = ""
+
+
+class Session:
+    """The only mutable state of the runtime. Holds no reference to the model, so that it never keeps one alive.
+
+    Args:
+        options: the options in force.
+        name: class and id of the model.
+        owns_calls: whether someone brackets each call of the model with `begin` and `end`; else a call is what lies
+            between two visits of the same frame.
+    """
+
+    def __init__(self, options: CacheOptions, name: str, *, owns_calls: bool) -> None:
+        self.options, self.name, self.owns_calls = options, name, owns_calls
+        self.enabled = True
+        self.lock = threading.RLock()
+        self.counters = Counters(timed=options.enable_stats)
+        self.timer = CallTimer(self.counters)
+        self.clock = StepClock()
+        self.said = SaidOnce(options.language)
+        self.strategy = build_strategy(options)
+        self.contexts: dict[ContextKey, Context] = {}
+        self.cached_graphs: dict[CachedGraph, None] = {}
+        self.uncached_graphs: dict[UncachedGraph, None] = {}
+        # set by whoever knows: how to read the timestep of a call, its context's name, and when the pipeline's runs begin
+        self.call_time: Callable[[], float | None] | None = None
+        self.named_context: str | None = None
+        self.runs: RunSource | None = None
+        self.runs_whole_schedule = False
+        self.replaced_call: Any = None
+        self._forward: Forward | None = None
+        self._decisions: dict[int, tuple[Decision, int]] = {}
+        self._decided_run = 0
+        self._controls: dict[tuple[object, ...], torch.Tensor] = {}
+        self._compiles_before = 0
+
+    # ---- a call of the model -----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A call of the model begins."""
+        self._forward = Forward()
+        self._compiles_before = self.counters.compiles
+        if self.counters.timed:
+            self.timer.start()
+
+    def end(self) -> None:
+        """A call of the model has ended: count it."""
+        forward, counters = self._forward, self.counters
+        self._forward = None
+        if forward is None:
+            return
+        counters.calls += 1
+        hit = forward.skipped > 0
+        counters.hits += hit
+        if counters.compiles != self._compiles_before:
+            counters.compile_calls += 1
+            self.timer.discard()
+        elif counters.timed:
+            self.timer.book(hit)
+        if forward.tick is None:
+            self._said_why_uncached(forward)
+        elif self.options.debug:
+            self._log(forward)
+
+    def abort(self) -> None:
+        """A call ended in an exception: the run counts as ended."""
+        self._forward = None
+        self.timer.discard()
+        self.end_run()
+
+    def end_run(self) -> None:
+        """The next call begins a new run; nothing stored may be used in it."""
+        self.clock.end_run()
+        for context in self.contexts.values():
+            context.forget()
+
+    def new_run(self, num_steps: int | None, sigmas: Sequence[float] | None) -> None:
+        """The user says that the next call begins a new run."""
+        self.end_run()
+        self.clock.new_run(num_steps, sigmas)
+
+    # ---- a graph within a call ---------------------------------------------------------------------------------
+
+    def run(self, graph: CachedGraph, args: Sequence[Any]) -> Sequence[Any]:
+        """Run a graph with a cached region: decide, then compute and store, or predict."""
+        if self.owns_calls:
+            return self._run(graph, args)
+        with self.lock:
+            try:
+                return self._run(graph, args)
+            except BaseException:
+                self.abort()
+                raise
+
+    def note_uncached(self, graph: UncachedGraph) -> None:
+        """A graph without a region ran."""
+        self.uncached_graphs[graph] = None
+        if self._forward is not None:
+            self._forward.uncached += 1
+
+    def _run(self, graph: CachedGraph, args: Sequence[Any]) -> Sequence[Any]:
+        self.cached_graphs.setdefault(graph)
+        forward = self._enter(graph)
+        context = self._enter_step(forward, graph, args)
+        assert forward.tick is not None
+        occurrence = forward.occurrences.get(graph, 0)
+        forward.occurrences[graph] = occurrence + 1
+        store, why_empty = self._store_of(context, graph, occurrence, forward.tick.step, args)
+        if store is None:
+            forward.computed += 1
+            result = graph.plain(args)
+        else:
+            first = forward.computed + forward.skipped == 0
+            if first:
+                self._decide(forward, context, store)
+            result = self._step(forward, context, store, graph, args, why_empty)
+        if not self.owns_calls:
+            self._leave_graph(forward)
+        return result
+
+    def _step(
+        self,
+        forward: Forward,
+        context: Context,
+        store: ResidualStore,
+        graph: CachedGraph,
+        args: Sequence[Any],
+        why_empty: str,
+    ) -> Sequence[Any]:
+        assert forward.tick is not None
+        self._read(store)
+        skip = forward.decision.skip
+        if skip and not store.points:
+            forward.reason = why_empty if why_empty != "unused" else "nothing_stored"
+            self.counters.refuse(forward.reason)
+            skip = False
+        point = Point(forward.tick.step, forward.time)
+        flat = (*args, *self._cache_operands(graph, store, point, forward.tick, skip), *store.operands())
+        outputs = (graph.programs.reuse if skip else graph.programs.compute)(flat)
+        if skip:
+            forward.skipped += 1
+        else:
+            forward.computed += 1
+            store.computed(point, outputs[graph.outputs])
+        if store.front is not None:
+            store.change = outputs[graph.outputs + 1] if store.front_known else None
+            store.front_known = True
+        store.last_step = forward.tick.step
+        return outputs[: graph.outputs]
+
+    def _enter(self, graph: CachedGraph) -> Forward:
+        forward = self._forward
+        if not self.owns_calls and (forward is None or graph.frame in forward.frames):
+            self.begin()
+            forward = self._forward
+        if forward is None:
+            raise AssertionError("a graph ran outside of a call of its model")
+        forward.frames.add(graph.frame)
+        return forward
+
+    def _leave_graph(self, forward: Forward) -> None:
+        """Without anyone to say where a call ends, the first graph of a call is what is counted and timed."""
+        if forward.computed + forward.skipped == 1:
+            self.end()
+            self._forward = forward
+
+    def _enter_step(self, forward: Forward, graph: CachedGraph, args: Sequence[Any]) -> Context:
+        if forward.tick is not None:
+            return self.contexts[forward.tick.context]
+        self.timer.watch(graph.inputs.device)
+        time = self.call_time() if self.call_time is not None else None
+        forward.time = time if time is not None else graph.time(args)
+        if self.runs is not None:
+            self._ask_runs(self.runs)
+        name = context_names.get().get(id(self)) or self.named_context
+        tick = self.clock.tick(forward.time, name)
+        forward.tick = tick
+        if tick.broke:
+            self.counters.refuse("pattern_broken")
+        context = self.contexts.setdefault(tick.context, Context())
+        if tick.fresh:
+            context.forget()
+            context.run = tick.run
+            if tick.context == 1 and tick.broke:
+                self._drop_other_contexts()
+        return context
+
+    def _ask_runs(self, runs: RunSource) -> None:
+        if runs.starts_run():
+            self.end_run()
+        if not self.clock.running and self.runs_whole_schedule and self.clock.sigmas is None:
+            self.clock.announce(*runs.schedule())
+
+    def _drop_other_contexts(self) -> None:
+        for context in self.contexts.values():
+            context.forget()
+
+    # ---- what is stored ----------------------------------------------------------------------------------------
+
+    def _store_of(
+        self, context: Context, graph: CachedGraph, occurrence: int, step: int, args: Sequence[Any]
+    ) -> tuple[ResidualStore | None, str]:
+        """The store of a region, emptied where it may not be used; and why it is empty."""
+        key = (graph, occurrence)
+        store = context.stores.get(key)
+        sizes, weights = graph.sizes(args), graph.watched(args)
+        if store is None or store.sizes != sizes:
+            why = "first_call" if not context.stores else "shape_changed"
+            context.stores.pop(key, None)
+            self._release_stale(context, step)
+            return self._allocate(context, key, graph, sizes, weights), why
+        why = "unused"
+        if store.points and store.last_step != step - 1:
+            store.forget()
+            why = "shape_changed"
+        if not store.weights.matches(weights):
+            store.forget()
+            store.weights = type(store.weights)(weights)
+            why = "weights_changed"
+        return store, why
+
+    def _release_stale(self, context: Context, step: int) -> None:
+        """Free what other shapes stored: it was not touched in the last step, so it can never be used again."""
+        for key in [key for key, store in context.stores.items() if store.last_step < step - 1 or not store.points]:
+            del context.stores[key]
+
+    def _allocate(
+        self,
+        context: Context,
+        key: tuple[CachedGraph, int],
+        graph: CachedGraph,
+        sizes: tuple[tuple[int, ...], ...],
+        weights: Sequence[torch.Tensor],
+    ) -> ResidualStore | None:
+        try:
+            store = allocate(graph.inputs, sizes, weights)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
+                raise
+            self.counters.refuse("out_of_memory")
+            self.said.warn("out_of_memory")
+            return None
+        context.stores[key] = store
+        return store
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the buffers take now."""
+        return sum(store.bytes for context in self.contexts.values() for store in context.stores.values())
+
+    def release(self) -> None:
+        """Free everything stored."""
+        self.end_run()
+        self.contexts.clear()
+        self._controls.clear()
+
+    # ---- decisions ---------------------------------------------------------------------------------------------
+
+    def _decide(self, forward: Forward, context: Context, store: ResidualStore) -> None:
+        tick = forward.tick
+        assert tick is not None
+        if tick.run != self._decided_run:
+            self._decisions.clear()
+            self._decided_run = tick.run
+            self.counters.runs += 1
+            self._said_about_run()
+        if forward.time is None and not self.clock.manual:
+            self.counters.refuse("no_timestep")
+            self.said.warn("no_timestep")
+            forward.decision = Decision(False, "no_timestep")
+        else:
+            forward.decision = self._decision_of(tick.step, forward, context, store)
+        forward.reason = forward.decision.reason
+
+    def _decision_of(self, step: int, forward: Forward, context: Context, store: ResidualStore) -> Decision:
+        known = self._decisions.get(step)
+        if known is not None:
+            return known[0]
+        self._read(store)
+        self._read_change(context, store, step)
+        hits_before = self._decisions.get(step - 1, (None, 0))[1]
+        view = StepView(
+            step=step,
+            consecutive_hits=hits_before,
+            num_steps=self.clock.num_steps,
+            sigmas=self.clock.sigmas,
+            time=forward.time,
+            stored=store.points,
+            clock=context.clock,
+            last_increment=context.last_increment,
+            forecast_error=store.errors.get(self._forecast_name(store)),
+        )
+        decision = COMPUTE_FIRST if step == 1 else self.strategy.decide(view)
+        if not decision.skip:
+            context.clock = 0.0
+        self.counters.steps += 1
+        self._decisions[step] = decision, hits_before + 1 if decision.skip else 0
+        return decision
+
+    def _read_change(self, context: Context, store: ResidualStore, step: int) -> None:
+        """Advance the front clock by what the last step measured; a computed step starts it anew behind its change."""
+        if store.change is None:
+            return
+        moved, size = store.change.tolist()
+        store.change = None
+        context.last_increment = moved / size if size > 0.0 else 0.0
+        if not store.points or store.points[0].step != step - 1:
+            context.clock += context.last_increment
+
+    def _said_about_run(self) -> None:
+        options = self.options
+        if self.clock.num_steps is None and (options.start_percent > 0.0 or options.end_percent < 1.0):
+            self.said.warn("percent_ignored")
+        for key in self.strategy.notes():
+            self.said.warn(key)
+
+    # ---- forecasts ---------------------------------------------------------------------------------------------
+
+    def _forecast_name(self, store: ResidualStore) -> str:
+        wanted = self.options.forecast
+        return choose_forecast(store.errors) if wanted == "auto" else wanted
+
+    def _read(self, store: ResidualStore) -> None:
+        """Read what the last computed step measured: whether it was finite, and how far each forecast was off."""
+        pending = store.pending
+        if pending is None:
+            return
+        store.pending = None
+        values = pending.values.tolist()
+        length = statistics_length(len(store.residuals[0]))
+        parts = [values[i : i + length] for i in range(0, len(values), length)]
+        if any(part[0] > 0 or part[1] != part[1] or part[1] == float("inf") for part in parts):
+            self.counters.nonfinite += 1
+            self.said.warn("nonfinite")
+            store.drop_newest()
+            return
+        if pending.before:
+            store.errors = self._measured_errors(pending, parts, len(store.residuals[0]))
+            self.counters.record_forecast_error(store.errors[self._forecast_name(store)])
+
+    def _measured_errors(self, pending: Measurement, parts: list[list[float]], history: int) -> dict[str, float]:
+        names = AUTO_CANDIDATES if self.options.forecast == "auto" else (self.options.forecast,)
+        size = len(pending.before)
+        grams = [(_square(part[2:], history, size), part[1] ** 0.5) for part in parts]
+        errors = {}
+        for name in names:
+            weights = FORECASTS[name].weights(pending.before, pending.target, self.options.order)
+            errors[name] = max(forecast_error(weights, gram, rms) for gram, rms in grams)
+        return errors
+
+    def _cache_operands(
+        self, graph: CachedGraph, store: ResidualStore, point: Point, tick: Tick, skip: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """The predicate, the weights with the noise scale, the key of the noise, and what was measured last."""
+        inputs = graph.inputs
+        weights: tuple[float, ...] = ()
+        key = 0
+        if skip:
+            forecast = FORECASTS[self._forecast_name(store)]
+            weights = forecast.weights(store.points, point, self.options.order)
+            key = noise_key(tick.step, tick.context)
+        padded = (*weights, *([0.0] * (inputs.history - len(weights))), self.options.noise_scale)
+        return (
+            self._constant((not skip,), torch.bool, inputs.device),
+            self._constant(padded, inputs.accumulate, inputs.device),
+            self._constant((key,), torch.int64, inputs.device),
+            store.measured,
+        )
+
+    def _constant(self, values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A small tensor on the device, made once for each value: every run needs the same ones again."""
+        name = (values, dtype, device)
+        found = self._controls.get(name)
+        if found is None:
+            if len(self._controls) >= MAX_CONTROLS:
+                self._controls.clear()
+            with outside_inference_mode():
+                content = values[0] if dtype in (torch.bool, torch.int64) else values
+                found = torch.tensor(content, dtype=dtype, device=device)
+            self._controls[name] = found
+        return found
+
+    # ---- what the user reads -----------------------------------------------------------------------------------
+
+    def compiled(self, seconds: float) -> None:
+        """The backend has compiled a graph of this model."""
+        self.counters.compiles += 1
+        self.counters.compile_seconds += seconds
+
+    def statistics(self) -> CacheStats:
+        """The measured figures as they stand."""
+        self.timer.collect()
+        return stats_from(
+            self.counters,
+            name=self.name,
+            strategy=self.options.strategy,
+            enabled=self.enabled,
+            cache_bytes=self.cache_bytes,
+        )
+
+    def _said_why_uncached(self, forward: Forward) -> None:
+        """A call in which no region ran: say so once, with the reason."""
+        reasons = [graph.report for graph in self.uncached_graphs]
+        if forward.uncached == 0:
+            key = "not_compiled"
+        elif any(report.reason == "grad_mode" for report in reasons) and torch.is_grad_enabled():
+            key = "grad_mode"
+        else:
+            key = "no_region"
+        self.counters.refuse(key)
+        details = "; ".join(dict.fromkeys(report.refusal_text(self.options.language) for report in reasons))
+        self.said.warn(key, details=details)
+
+    def _log(self, forward: Forward) -> None:
+        tick = forward.tick
+        assert tick is not None
+        error = self.counters.forecast_error
+        announce(
+            text(
+                "debug_line",
+                self.options.language,
+                run=tick.run,
+                step=tick.step,
+                context=tick.context,
+                decision=text("skipped" if forward.skipped else "computed", self.options.language),
+                reason=forward.reason,
+                milliseconds=self.timer.elapsed() * 1e3,
+                error="-" if error is None else f"{error:.2e}",
+            )
+        )
+
+
+def noise_key(step: int, context: ContextKey) -> int:
+    """The key of the noise of one step in one context: 31 bits, the same in every run and process."""
+    return zlib.crc32(f"{step}/{context}".encode()) & 0x7FFFFFFF
+
+
+def _square(upper: Sequence[float], history: int, size: int) -> list[list[float]]:
+    """The leading ``size`` rows of a symmetric matrix given by the rows of its upper triangle."""
+    matrix = [[0.0] * history for _ in range(history)]
+    values = iter(upper)
+    for a in range(history):
+        for b in range(a, history):
+            matrix[a][b] = matrix[b][a] = next(values)
+    return [row[:size] for row in matrix[:size]]

@@ -1,0 +1,72 @@
+"""How long a call took: on the host's clock, or on the device's where work is queued."""
+
+from __future__ import annotations
+
+from collections import deque
+from time import perf_counter
+
+import torch
+
+from ..statistics import Counters
+
+
+class CallTimer:
+    """Times calls and books them as computed or reused, never making the host wait for a device.
+
+    On a CPU the host's clock is the measure. On a device that queues work two events bracket the call; they are read
+    once they have passed.
+    """
+
+    __slots__ = ("_counters", "_device", "_open", "_pending", "_start")
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._device: torch.device | None = None
+        self._pending: deque[tuple[torch.Event, torch.Event, bool]] = deque()
+        self._open: torch.Event | None = None
+        self._start = 0.0
+
+    def watch(self, device: torch.device) -> None:
+        """Say where the model runs."""
+        if device.type != "cpu" and self._device != device:
+            self._device = device
+
+    def start(self) -> None:
+        """Begin a call."""
+        self._start = perf_counter()
+        if self._device is not None:
+            self._open = torch.Event(self._device, enable_timing=True)
+            self._open.record()
+
+    def elapsed(self) -> float:
+        """Seconds since the call began, on the host's clock."""
+        return perf_counter() - self._start
+
+    def book(self, reused: bool) -> None:
+        """End a call."""
+        if self._open is None:
+            self._add(perf_counter() - self._start, reused)
+            return
+        end = torch.Event(self._device, enable_timing=True)
+        end.record()
+        self._pending.append((self._open, end, reused))
+        self._open = None
+        self.collect()
+
+    def discard(self) -> None:
+        """End a call that is not to be counted."""
+        self._open = None
+
+    def collect(self) -> None:
+        """Book the calls whose events have passed."""
+        while self._pending and self._pending[0][1].query():
+            begin, end, reused = self._pending.popleft()
+            self._add(begin.elapsed_time(end) / 1e3, reused)
+
+    def _add(self, seconds: float, reused: bool) -> None:
+        if reused:
+            self._counters.reuse_calls_timed += 1
+            self._counters.reuse_seconds += seconds
+        else:
+            self._counters.compute_calls_timed += 1
+            self._counters.compute_seconds += seconds

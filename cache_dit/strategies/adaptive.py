@@ -1,0 +1,126 @@
+"""Decisions from what the run measures, or steps placed for a target speed-up: two rules that share their guards."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .decision import Decision, StepView
+from .placement import PlacementRules, first_steps, place_steps
+
+OWN_WARMUP_STEPS = 2
+"""Warm-up of the clock where none is given: the front's first change is measured at step 2."""
+OWN_MAX_CONSECUTIVE_HITS = 6
+"""Most steps that the clock skips in a row where no bound is given."""
+LOOK_AHEAD = 1.5
+"""Increments added to the clock: one for the step to decide, whose own is not known yet, and half of one as margin."""
+ERROR_BOUND = 0.5
+"""Relative RMS error of the last forecast beyond which nothing is skipped: it missed half of the residual."""
+DRIFT_BOUND = 10.0
+"""Under a target speed-up: the clock at which a step computes out of turn, in tolerances."""
+
+
+def guard(view: StepView, skip_interval: int, max_consecutive_hits: float) -> Decision | None:
+    """The decision to compute that comes before either rule, else None.
+
+    - `max_consecutive_hits`: so many were skipped just before.
+    - `error_guard`: the last measured forecast error exceeds `ERROR_BOUND`; the step computed now measures it anew.
+    - `interval`: no error has been measured in this run, and n % skip_interval is not 0.
+    """
+    if view.consecutive_hits >= max_consecutive_hits:
+        return Decision(False, "max_consecutive_hits")
+    if view.forecast_error is None:
+        return Decision(False, "interval") if view.step % skip_interval else None
+    # written so that NaN computes
+    return None if view.forecast_error <= ERROR_BOUND else Decision(False, "error_guard")
+
+
+def within_clock(view: StepView, bound: float) -> bool:
+    """Whether the front will have changed by no more than `bound` since the last computed step.
+
+    The clock a of the steps since then and the newest increment inc decide one step ahead, so that the host never
+    waits for this step's front: a + 1.5 · inc <= bound. TeaCache's accumulated change (arXiv 2411.19108, 2024) with
+    half a step of margin. False for NaN.
+    """
+    return view.last_increment is not None and view.clock + LOOK_AHEAD * view.last_increment <= bound
+
+
+@dataclass(frozen=True, slots=True)
+class ClockStrategy:
+    """Skips until the front's accumulated change since the last computed step would exceed `tolerance`.
+
+    Unit of `tolerance`: relative change of the output of the front blocks, mean|Hᵢ − Hᵢ₋₁| / mean|Hᵢ₋₁| summed over
+    steps: at 0.1 the region computes again once its input has moved by about a tenth of its size. Where increments are
+    not measured, it skips as often as `skip_interval` says.
+    """
+
+    skip_interval: int
+    warmup_steps: int
+    max_consecutive_hits: int
+    tolerance: float
+
+    def decide(self, view: StepView) -> Decision:
+        if view.step <= self.warmup_steps:
+            return Decision(False, "warmup")
+        guarded = guard(view, self.skip_interval, self.max_consecutive_hits)
+        if guarded is not None:
+            return guarded
+        if view.last_increment is None:
+            return Decision(view.step % self.skip_interval == 0, "interval")
+        return Decision(within_clock(view, self.tolerance), "clock")
+
+    def never_skips(self) -> bool:
+        return False
+
+    def notes(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementStrategy:
+    """Computes num_steps / target_speedup steps of a run, where `place_steps` puts them; the others are skipped.
+
+    Where the number of steps is not known, and past it, one step of every target_speedup on average computes.
+    `tolerance` only guards: a step also computes where the clock, looking ahead, exceeds `DRIFT_BOUND` tolerances.
+    """
+
+    rules: PlacementRules
+    tolerance: float
+
+    def decide(self, view: StepView) -> Decision:
+        if view.step <= self.rules.warmup_steps:
+            return Decision(False, "warmup")
+        if self._is_placed(view):
+            return Decision(False, "placement")
+        longest = self.rules.max_consecutive_hits
+        guarded = guard(view, self.rules.skip_interval, math.inf if longest is None else longest)
+        if guarded is not None:
+            return guarded
+        if view.last_increment is not None and not within_clock(view, DRIFT_BOUND * self.tolerance):
+            return Decision(False, "clock")
+        return Decision(True, "placement")
+
+    def _is_placed(self, view: StepView) -> bool:
+        if self.never_skips():
+            return True
+        steps = view.run_length()
+        if steps is None:
+            first = first_steps(self.rules.warmup_steps, self.rules.skip_interval)
+            return view.step in first or (view.step > first[-1] and self._is_due(view.step - first[-1]))
+        if view.step > steps:
+            return self._is_due(view.step - steps - 1)
+        return view.step in place_steps(self.rules, steps, None if view.sigmas is None else tuple(view.sigmas))
+
+    def _is_due(self, distance: int) -> bool:
+        """Whether a multiple of target_speedup lies in (distance − 1, distance]: at 0 and then at the target's rate."""
+        target = self.rules.target_speedup
+        return math.floor(distance / target) > math.floor((distance - 1) / target)
+
+    def never_skips(self) -> bool:
+        return self.rules.target_speedup <= 1.0
+
+    def notes(self) -> list[str]:
+        """`'target_speedup_unreachable'` where `max_consecutive_hits` alone rules the target out."""
+        longest = self.rules.max_consecutive_hits
+        unreachable = longest is not None and longest + 1 < self.rules.target_speedup
+        return ["target_speedup_unreachable"] if unreachable else []

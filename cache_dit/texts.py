@@ -1,0 +1,302 @@
+"""Every text that a user of the package reads, in Chinese (the default) and in English.
+
+A new text is one entry of `TEXTS`: its key, the Chinese and the English form with the same `str.format` fields.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+LANGUAGES: Final = ("zh", "en")
+LANGUAGE_VARIABLE: Final = "CACHE_DIT_LANG"
+
+TEXTS: Final[dict[str, tuple[str, str]]] = {
+    # Errors and warnings that the API document names, each with the remedy it gives.
+    "no_transformer": (
+        "❌ 未能找到 transformer 组件\n解决方案: 检查模型类型，确保使用支持的模型架构",
+        "❌ No transformer component found\nRemedy: check the model's type and use a supported architecture",
+    ),
+    "already_enabled": (
+        "⚠ 模型已经应用过缓存\n解决方案: 先调用 `disable_cache()` 再重新配置（每个模型实例只能应用一次缓存）",
+        "⚠ The model is cached already\n"
+        "Remedy: call `disable_cache()` first, then configure it anew (one cache per model instance)",
+    ),
+    "import_failed": (
+        "解决方案: 确保插件正确安装到 ComfyUI 的 custom_nodes 目录",
+        "Remedy: install the plugin in ComfyUI's custom_nodes folder",
+    ),
+    # Statistics.
+    "summary": (
+        "缓存统计信息:\n"
+        "总 Forward 调用: {calls}\n"
+        "缓存命中: {hits}\n"
+        "缓存命中率: {hit_rate:.1f}%\n"
+        "平均计算时间: {average}\n"
+        "预期加速比: {speedup}",
+        "Cache statistics:\n"
+        "Total Forward calls: {calls}\n"
+        "Cache hits: {hits}\n"
+        "Cache hit rate: {hit_rate:.1f}%\n"
+        "Average compute time: {average}\n"
+        "Expected speedup: {speedup}",
+    ),
+    "details": (
+        "=== CacheDiT 详细统计 ===\n"
+        "全局统计:\n"
+        "  总 Forward 调用: {calls}\n"
+        "  总缓存命中: {hits}\n"
+        "  全局命中率: {hit_rate:.1f}%\n"
+        "  平均计算时间: {average}\n"
+        "  预期加速比: {speedup}\n"
+        "  活跃模型数: {active}",
+        "=== CacheDiT detailed statistics ===\n"
+        "Global statistics:\n"
+        "  Total Forward calls: {calls}\n"
+        "  Total cache hits: {hits}\n"
+        "  Global hit rate: {hit_rate:.1f}%\n"
+        "  Average compute time: {average}\n"
+        "  Expected speedup: {speedup}\n"
+        "  Active models: {active}",
+    ),
+    "details_models": ("模型详情:", "Model details:"),
+    "details_model": (
+        "  模型 {name}:\n"
+        "    调用次数: {calls}\n"
+        "    缓存命中: {hits}\n"
+        "    命中率: {hit_rate:.1f}%\n"
+        "    平均耗时: {average}\n"
+        "    策略: {strategy}\n"
+        "    状态: {status}",
+        "  Model {name}:\n"
+        "    Calls: {calls}\n"
+        "    Cache hits: {hits}\n"
+        "    Hit rate: {hit_rate:.1f}%\n"
+        "    Average time: {average}\n"
+        "    Strategy: {strategy}\n"
+        "    Status: {status}",
+    ),
+    "seconds": ("{seconds:.3f}秒", "{seconds:.3f} s"),
+    "seconds_short": ("{seconds:.3f}s", "{seconds:.3f} s"),
+    "factor": ("{factor:.1f}x", "{factor:.1f}x"),
+    "enabled": ("启用", "enabled"),
+    "disabled": ("禁用", "disabled"),
+    "not_measured": ("未测量", "not measured"),
+    "not_tracked": ("未统计", "not measured"),
+    "no_models": ("暂无已加速的模型", "No accelerated models yet"),
+    "never_enabled": (
+        "该模型从未启用缓存，没有统计信息；请先调用 `enable_cache(model)`",
+        "Caching was never enabled for this model, so it has no statistics; call `enable_cache(model)` first",
+    ),
+    "nothing_to_disable": (
+        "该模型没有启用缓存，`disable_cache()` 未做任何更改",
+        "Caching is not enabled for this model; `disable_cache()` changed nothing",
+    ),
+    # Compilation.
+    "compiling": ("正在编译，仅首次调用需要等待…", "compiling, first call only…"),
+    "compiled": ("编译完成，用时 {seconds:.1f} 秒", "compiled in {seconds:.1f} s"),
+    "recompiling": ("正在重新编译，发生变化的是: {what}", "recompiling; what changed: {what}"),
+    # A call under debug=True.
+    "debug_line": (
+        "轮次 {run} 步 {step} 上下文 {context}: {decision}（{reason}），{milliseconds:.1f} 毫秒，预测误差 {error}",
+        "run {run} step {step} context {context}: {decision} ({reason}), {milliseconds:.1f} ms, forecast error {error}",
+    ),
+    "skipped": ("跳过", "skipped"),
+    "computed": ("计算", "computed"),
+    # Said once for each model while it runs.
+    "no_region": (
+        "❌ 未能找到 transformer 组件；模型照常运行，未使用缓存。原因: {details}\n解决方案: 检查模型类型，确保使用支持的模型架构",
+        "❌ No transformer component found; the model runs as usual, without the cache. Why: {details}\n"
+        "Remedy: check the model's type and use a supported architecture, or name the part to cache with region=",
+    ),
+    "grad_mode": (
+        "梯度模式下不使用缓存，所有调用都照常计算{details}\n解决方案: 推理时使用 torch.no_grad() 或 torch.inference_mode()",
+        "No caching in grad mode: every call computes{details}\n"
+        "Remedy: call the model under torch.no_grad() or torch.inference_mode()",
+    ),
+    "not_compiled": (
+        "模型没有被编译，因此未使用缓存{details}\n"
+        "解决方案: 可能已达到 torch 的重新编译上限（torch._dynamo.config.recompile_limit）或编译被关闭；"
+        "提高该上限或调用 torch._dynamo.reset()",
+        "The model was not compiled, so nothing is cached{details}\n"
+        "Remedy: torch's recompile limit was probably reached (torch._dynamo.config.recompile_limit), or compiling is "
+        "disabled; raise the limit or call torch._dynamo.reset()",
+    ),
+    "no_timestep": (
+        "模型输入中找不到时间步，无法区分各次采样，因此每一步都照常计算\n"
+        "解决方案: 每次采样前调用 cache_dit.new_run(model)，正负提示词分开调用时再用 cache_dit.context(model, name)",
+        "No timestep among the model's inputs: runs cannot be told apart, so every step computes\n"
+        "Remedy: call cache_dit.new_run(model) before each sampling, and cache_dit.context(model, name) around separate "
+        "prompt calls",
+    ),
+    "nonfinite": (
+        "缓存区域的结果含有 NaN 或无穷大: 不会存储，也不会用于预测\n解决方案: 检查输入、权重和数据类型（fp16 容易溢出）",
+        "The cached blocks gave NaN or infinity: not stored, and never predicted from\n"
+        "Remedy: check the inputs, the weights and the dtype (fp16 overflows easily)",
+    ),
+    "out_of_memory": (
+        "没有足够的内存存放缓存，本模型照常计算\n解决方案: 使用 residual_dtype=torch.bfloat16、residual_device='cpu' 或 forecast='reuse'",
+        "Not enough memory for the cache: the model computes as usual\n"
+        "Remedy: residual_dtype=torch.bfloat16, residual_device='cpu' or forecast='reuse'",
+    ),
+    "percent_ignored": (
+        "不知道本次采样的总步数，start_percent 和 end_percent 不起作用\n解决方案: 调用 cache_dit.new_run(model, num_steps=...)",
+        "The number of steps of this run is not known: start_percent and end_percent are ignored\n"
+        "Remedy: cache_dit.new_run(model, num_steps=...)",
+    ),
+    "lowering_unbuilt": (
+        "lowering='{wanted}' 尚不可用，改用 '{used}'",
+        "lowering='{wanted}' is not available yet; '{used}' is used instead",
+    ),
+    # Why a graph has no cached region: the text behind "Why:" above and in explain.
+    "refusal_no_blocks": (
+        "图中没有重复的模块（图可能只含一个块，例如使用了 compile_repeated_blocks；请编译整个模型）",
+        "the graph holds no repeated modules (or one block alone, as compile_repeated_blocks makes it: compile the whole model)",
+    ),
+    "refusal_nothing_left": (
+        "front_blocks 和 back_blocks 没有留下可跳过的块（{detail}）；请减小它们",
+        "front_blocks and back_blocks leave no block to skip ({detail}); lower them",
+    ),
+    "refusal_region_not_found": (
+        "region 指定的模块 {detail} 不在图中",
+        "the module {detail} that region names did not run in this graph",
+    ),
+    "refusal_region_backwards": (
+        "region={detail}: 第二个模块在第一个之前运行",
+        "region={detail}: the second module runs before the first",
+    ),
+    "refusal_random": (
+        "这些块使用了随机数（{detail}），跳过会改变您的随机状态；请调用 model.eval()",
+        "the blocks draw random numbers ({detail}), and skipping them would move your random state; call model.eval()",
+    ),
+    "refusal_writes_outside": (
+        "这些块原地修改了外部的张量（{detail}），跳过会丢失该修改",
+        "the blocks write in place to a tensor that lives outside ({detail}), and skipping them would lose that",
+    ),
+    "refusal_cuts_context": (
+        "缓存区域的边界切断了 autocast 等上下文（{detail}）",
+        "the border of the region would cut an autocast or vmap context ({detail})",
+    ),
+    "refusal_not_a_tensor": (
+        "有非张量的值离开缓存区域（{detail}）",
+        "a value that is no tensor leaves the region ({detail})",
+    ),
+    "refusal_nothing_leaves": ("缓存区域没有输出", "nothing leaves the region"),
+    "refusal_sizes_unknown": (
+        "输出的大小取决于数据，调用前无法得知",
+        "the sizes of its outputs depend on data and are not known before the call",
+    ),
+    "refusal_grad_mode": ("在梯度模式下追踪", "traced in grad mode"),
+    "refusal_other": ("{reason} {detail}", "{reason} {detail}"),
+    # Short names of the reasons to compute, for counts.
+    "count_first_call": ("本轮首次调用", "first call of a run"),
+    "count_nothing_stored": ("没有可用的缓存", "nothing valid stored"),
+    "count_shape_changed": ("形状或图改变", "shape or graph changed"),
+    "count_weights_changed": ("权重改变", "weights changed"),
+    "count_pattern_broken": ("调用规律被打破", "pattern of calls broken"),
+    "count_no_timestep": ("没有时间步", "no timestep"),
+    "count_out_of_memory": ("内存不足", "out of memory"),
+    "count_no_region": ("没有可缓存的块", "no blocks to cache"),
+    "count_grad_mode": ("梯度模式", "grad mode"),
+    "count_not_compiled": ("没有被编译", "not compiled"),
+    # explain.
+    "explain_title": ("=== CacheDiT: {name}（{status}） ===", "=== CacheDiT: {name} ({status}) ==="),
+    "explain_not_called": (
+        "模型尚未被调用，还没有编译；请先运行一次",
+        "The model has not been called yet, so nothing is compiled; run it once",
+    ),
+    "explain_graphs": (
+        "图: {graphs} 个，图中断: {breaks} 处，编译用时 {seconds:.1f} 秒",
+        "graphs: {graphs}, graph breaks: {breaks}, compiled in {seconds:.1f} s",
+    ),
+    "explain_graph": (
+        "图 {number}: {nodes} 个节点，编译用时 {seconds:.1f} 秒",
+        "graph {number}: {nodes} nodes, compiled in {seconds:.1f} s",
+    ),
+    "explain_region": (
+        "    块: 共 {total} 个（{lists}）；缓存 {count} 个: {cached}；始终计算: 前 {front}，后 {back}",
+        "    blocks: {total} in all ({lists}); cached {count}: {cached}; always computed: front {front}, back {back}",
+    ),
+    "explain_live_ins": (
+        "    输入缓存区域: {values}；权重 {weights} 个",
+        "    enters the region: {values}; and {weights} weights",
+    ),
+    "explain_residual": (
+        "    离开缓存区域: {value}，缓存它与 {base} 之差",
+        "    leaves the region: {value}, cached as its difference from {base}",
+    ),
+    "explain_whole": (
+        "    离开缓存区域: {value}，整体缓存（没有同形状的输入）",
+        "    leaves the region: {value}, cached whole (no input of its shape)",
+    ),
+    "explain_buffers": (
+        "    缓存占用: 每个上下文 {size}（保存 {history} 步）；编译形式: {lowering}",
+        "    the cache takes {size} for each context ({history} steps kept); compiled as: {lowering}",
+    ),
+    "explain_dynamic": ("取决于形状（动态）", "as much as the shapes of a call ask for (dynamic)"),
+    "explain_held": ("当前占用: {size}", "held now: {size}"),
+    "explain_refused": ("本应跳过却照常计算的次数:", "steps that computed though they were due to be skipped, or for lack of a cache:"),
+    "explain_break": ("图中断: {reason}", "graph break: {reason}"),
+    # Options.
+    "option_type": (
+        "选项 {name}: {value} 的类型是 {type}；允许: {allowed}",
+        "option {name}: {value} is of type {type}; allowed: {allowed}",
+    ),
+    "option_value": (
+        "选项 {name}: 不能是 {value}；允许: {allowed}",
+        "option {name}: it cannot be {value}; allowed: {allowed}",
+    ),
+    "option_unknown": (
+        "未知选项 {name}（给定值 {value}）；最接近的选项: {names}",
+        "unknown option {name} (given as {value}); the closest options: {names}",
+    ),
+    "option_unknown_far": (
+        "未知选项 {name}（给定值 {value}）；允许的选项: {names}",
+        "unknown option {name} (given as {value}); allowed options: {names}",
+    ),
+    "option_foreign": (
+        "未知选项 {name}（给定值 {value}）；它属于另一个项目 {project}，这里对应的是: {use}",
+        "unknown option {name} (given as {value}); it belongs to another project, {project}; use here: {use}",
+    ),
+    "option_foreign_unneeded": (
+        "未知选项 {name}（给定值 {value}）；它属于另一个项目 {project}，这里不需要: {why}",
+        "unknown option {name} (given as {value}); it belongs to another project, {project}; not needed here: {why}",
+    ),
+    "foreign_contexts": (
+        "正负提示词自动区分，也可以用 cache_dit.context(model, name) 指明",
+        "positive and negative prompts are told apart by themselves, or named with cache_dit.context(model, name)",
+    ),
+    "foreign_residuals": ("缓存的总是残差", "residuals are what is cached, always"),
+    "foreign_calibration": (
+        "模型结构自动识别，没有按模型标定的系数",
+        "the model is recognised by itself, and there are no coefficients per model",
+    ),
+    "foreign_elsewhere": (
+        "与缓存无关，请在 enable_cache 之前自行设置",
+        "it is no matter of caching; set it up before enable_cache",
+    ),
+}
+
+
+def resolve_language(language: str | None = None) -> str:
+    """Return `'zh'` or `'en'`: `language`, else the variable `CACHE_DIT_LANG`, else `'zh'`.
+
+    Raises:
+        ValueError: `language` is neither None nor one of `LANGUAGES`. Other values of the variable mean `'zh'`.
+    """
+    if language is None:
+        wanted = os.environ.get(LANGUAGE_VARIABLE, "").strip().lower()
+        return wanted if wanted in LANGUAGES else LANGUAGES[0]
+    if language not in LANGUAGES:
+        raise ValueError(f"language {language!r}; allowed: {', '.join(map(repr, LANGUAGES))} or None")
+    return language
+
+
+def text(key: str, language: str | None = None, **values: object) -> str:
+    """Return the text `key` of `TEXTS` with `values` filled in.
+
+    Raises:
+        KeyError: there is no such text, or a field of it is missing among `values`.
+        ValueError: as `resolve_language`.
+    """
+    return TEXTS[key][LANGUAGES.index(resolve_language(language))].format(**values)

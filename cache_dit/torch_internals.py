@@ -1,0 +1,149 @@
+"""Every private name of torch that this project touches, each with the versions it was seen in (2.11, 2.13).
+
+Each function fails with one clear error, or says None where the answer only enriches a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import CacheDitError
+
+SEEN_IN = ("2.11", "2.13")
+# Attributes that Dynamo sets on the module it hands to a backend, and that AOT autograd reads from it.
+_DYNAMO_ATTRIBUTES = ("meta", "_param_name_to_source", "compile_subgraph_reason", "_backend_id")
+
+
+def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph module that can be rewritten; Dynamo goes on reading the placeholders of its own.
+
+    Keeps each node's meta, each placeholder's ``_dynamo_source`` and what AOT autograd needs on the module.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copies)
+    for node, copy in copies.items():
+        copy.meta = dict(node.meta)
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    graph.output(output)
+    copied = fx.GraphModule(gm, graph)
+    keep_dynamo_attributes(gm, copied)
+    return copied
+
+
+def keep_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> None:
+    """Carry over the attributes by which AOT autograd knows a graph as Dynamo's (its cache keys rest on them)."""
+    for name in _DYNAMO_ATTRIBUTES:
+        if hasattr(source, name):
+            value = getattr(source, name)
+            setattr(target, name, dict(value) if name == "meta" else value)
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where a graph input comes from in the user's frame, such as ``L['timestep']``; '' where it has no source."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name) if source is not None else ""
+
+
+def frame_id(gm: fx.GraphModule) -> object:
+    """Identifies the Python frame a graph was traced from: the same for recompilations, another behind a graph break."""
+    compile_id = gm.meta.get("dynamo_compile_id")
+    return getattr(compile_id, "frame_id", None)
+
+
+def break_reason(gm: fx.GraphModule) -> str | None:
+    """Why the graph ended before the frame did, with the user's line; None where the frame was traced to its end."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    where = f" ({reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno})" if reason.user_stack else ""
+    return f"{str(reason.reason).strip().splitlines()[0]}{where}"
+
+
+def recompile_reason() -> str | None:
+    """What made Dynamo trace the current frame again; None at a first trace. Only inside a backend call."""
+    try:
+        from torch._dynamo.utils import get_metrics_context
+
+        reason = get_metrics_context()._metrics.get("recompile_reason")
+    except (ImportError, AttributeError):
+        return None
+    return str(reason) if reason else None
+
+
+def symbol_of(size: object) -> Any:
+    """The sympy expression of a SymInt; an int stays itself."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def is_unbacked(expression: Any) -> bool:
+    """Whether a size depends on data: it cannot be known before the program has run."""
+    return any(str(symbol).startswith(("u", "zuf")) for symbol in getattr(expression, "free_symbols", ()))
+
+
+def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """The function (graph module, example inputs) -> callable of an inner compiler named as ``torch.compile`` names it.
+
+    Raises
+    ------
+    CacheDitError
+        torch knows no backend of that name.
+    """
+    if callable(inner):
+        return lambda gm, examples: inner(gm, examples, **({"options": options} if options else {}))
+    if inner == "inductor":
+        return _inductor(mode, options)
+    if inner == "eager":
+        return lambda gm, examples: gm.forward
+    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        compiler = lookup_backend(inner)
+    except InvalidBackend as error:
+        raise CacheDitError(f"inner={inner!r}: {error}") from error
+    return lambda gm, examples: compiler(gm, examples, **({"options": options} if options else {}))
+
+
+def _inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    import torch._inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    patches.update(options)
+    return lambda gm, examples: compile_fx(gm, examples, config_patches=patches or None)
+
+
+def has_backend(name: str) -> bool:
+    """Whether torch's registry holds a backend of this name already (importing nothing)."""
+    import sys
+
+    registry = sys.modules.get("torch._dynamo.backends.registry")
+    return registry is not None and name in registry._BACKENDS
+
+
+def compile_limits() -> dict[str, Any]:
+    """Keyword arguments for ``torch.compile`` that let more shapes and configurations of one class stay compiled."""
+    import inspect
+
+    known = inspect.signature(torch.compile).parameters
+    return {"recompile_limit": 64} if "recompile_limit" in known else {}
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Buffers made here are ordinary tensors: they may be written to under no_grad and inference_mode alike."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def version_of(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Write counters of tensors; inference tensors have none and count as 0."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)

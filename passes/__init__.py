@@ -1,0 +1,43 @@
+"""The graph passes, in the order they run. Each is one file; a new pass is a new file and a line in this table.
+
+===================  ========  =====================================================================
+pass                 kind      what it does
+===================  ========  =====================================================================
+find_blocks          analysis  block lists and chains of lists, by ``nn_module_stack``
+choose_region        analysis  the blocks to cache, live-ins, live-outs and the base of each live-out
+outline_region       rewrite   the region becomes a submodule with explicit inputs and outputs
+insert_cache_branch  rewrite   the submodule becomes ``cond(pred, compute, reuse)``
+specialize_branch    rewrite   the branch is folded for a decision the host has taken
+===================  ========  =====================================================================
+
+The first four make the intermediate representation, the cond form; lowerings start from it. Passes know nothing of
+the runtime: they take a graph and plain options.
+"""
+
+from __future__ import annotations
+
+from .choose_region import LiveOut, Refusal, Region, choose_region
+from .find_blocks import Block, BlockChains, BlockList, find_blocks
+from .insert_cache_branch import BranchOptions, CacheInputs, ResidualBuffer, insert_cache_branch
+from .outline_region import outline_region
+from .specialize_branch import specialize_branch
+
+PASSES = (find_blocks, choose_region, outline_region, insert_cache_branch, specialize_branch)
+
+__all__ = [
+    "PASSES",
+    "Block",
+    "BlockChains",
+    "BlockList",
+    "BranchOptions",
+    "CacheInputs",
+    "LiveOut",
+    "Refusal",
+    "Region",
+    "ResidualBuffer",
+    "choose_region",
+    "find_blocks",
+    "insert_cache_branch",
+    "outline_region",
+    "specialize_branch",
+]

@@ -1,0 +1,421 @@
+"""choose_region: the interval of the graph that is cached, what enters it, what leaves it and what it adds to."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .find_blocks import BlockChains, BlockList
+from .graph_values import example_of, is_mutation, is_parameter, is_random, mutated_argument, shape_key
+from .module_paths import in_module, is_compute
+
+# How far behind the last block the end of the region may move, in nodes.
+MAX_TAIL_NODES = 40
+
+_ADDITIVE = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, torch.addcmul, torch.lerp, torch.where}
+_ADDITIVE_METHODS = {"add", "add_", "sub"}
+_SHAPING_METHODS = frozenset(
+    "to type_as contiguous view reshape permute transpose unsqueeze squeeze flatten unflatten clip clamp expand float half "
+    "bfloat16 double split chunk split_with_sizes type unbind movedim narrow".split()
+)
+_SHAPING = {
+    torch.clamp,
+    torch.reshape,
+    torch.transpose,
+    torch.permute,
+    torch.flatten,
+    torch.split,
+    torch.chunk,
+    torch.nan_to_num,
+    torch.unbind,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.narrow,
+    operator.getitem,
+}
+_JOINING = {torch.cat, torch.stack}
+
+
+@dataclass(frozen=True, slots=True)
+class LiveOut:
+    """A value that leaves the region. ``base`` is the live-in it adds to; without one the value is cached whole."""
+
+    node: fx.Node
+    base: fx.Node | None
+    additive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The cached part of a graph, in graph order. ``hoisted`` nodes lie in its interval but are computed before it."""
+
+    nodes: tuple[fx.Node, ...]
+    hoisted: tuple[fx.Node, ...]
+    live_ins: tuple[fx.Node, ...]
+    live_outs: tuple[LiveOut, ...]
+    copied_live_ins: tuple[fx.Node, ...]
+    lists: tuple[str, ...]
+    front: tuple[str, ...]
+    cached: tuple[str, ...]
+    back: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why there is no region: a stable key and what it applies to."""
+
+    key: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    first: int
+    last: int
+    previous: int
+    lists: tuple[str, ...]
+    front: tuple[str, ...]
+    cached: tuple[str, ...]
+    back: tuple[str, ...]
+
+
+def choose_region(
+    gm: fx.GraphModule, chains: BlockChains, *, front: int = 1, back: int = 0, named: tuple[str, str] | None = None
+) -> Region | Refusal:
+    """Choose blocks [front, N - back) of the best chain, or the interval between two named modules.
+
+    *Detects* for each chain the interval of graph positions, its live-ins and live-outs, and for each live-out the
+    base: the live-in of the same shape and dtype that the stream carried out of the last front block. The chain taken
+    is the longest one whose every live-out has such a base; else the longest whose live-outs all have some base;
+    else the largest list alone, with live-outs cached whole.
+
+    *Rewrites* nothing: this is an analysis.
+
+    *Refuses when* no chain is there, front and back leave nothing, the region draws random numbers, writes to values
+    that live outside, cuts an autocast region, or lets other things than tensors out.
+    """
+    if named is not None:
+        span = _named_span(gm, named)
+        return span if isinstance(span, Refusal) else _region(gm, span)
+    if not chains.chains:
+        return Refusal("no_blocks")
+    refusals: list[Refusal] = []
+    best: tuple[int, Region] | None = None
+    for chain in chains.chains:
+        chain_span = _chain_span(chain, front, back)
+        if chain_span is None:
+            total = sum(len(part.blocks) for part in chain)
+            refusals.append(Refusal("nothing_left", f"{total} - {front} - {back}"))
+            continue
+        region = _region(gm, chain_span)
+        if isinstance(region, Refusal):
+            refusals.append(region)
+            continue
+        rank = _rank(gm, region, chain_span)
+        if rank == 2:
+            return region
+        if best is None or rank > best[0]:
+            best = rank, region
+    return best[1] if best is not None else refusals[0]
+
+
+def _chain_span(chain: Sequence[BlockList], front: int, back: int) -> _Span | None:
+    blocks = [block for part in chain for block in part.blocks]
+    if len(blocks) - front - back < 1:
+        return None
+    stop = len(blocks) - back
+    last = max(part.last for part in chain) if back == 0 else blocks[stop - 1].last
+    previous = blocks[front - 1].first if front > 0 else 0
+    paths = [block.path for block in blocks]
+    lists = tuple(part.path for part in chain)
+    return _Span(
+        blocks[front].first, last, previous, lists, tuple(paths[:front]), tuple(paths[front:stop]), tuple(paths[stop:])
+    )
+
+
+def _named_span(gm: fx.GraphModule, named: tuple[str, str]) -> _Span | Refusal:
+    """From the first node of one named module to the last node of another (or the same)."""
+    positions = []
+    for path in named:
+        inside = [i for i, node in enumerate(gm.graph.nodes) if is_compute(node) and in_module(node, path)]
+        if not inside:
+            return Refusal("region_not_found", path)
+        positions.append(inside)
+    first, last = positions[0][0], positions[1][-1]
+    if last < first:
+        return Refusal("region_backwards", " .. ".join(named))
+    cached = tuple(dict.fromkeys(named))
+    return _Span(first, last, 0, (), (), cached, ())
+
+
+def _region(gm: fx.GraphModule, span: _Span) -> Region | Refusal:
+    order = list(gm.graph.nodes)
+    last = _end_of_region(order, span)
+    nodes = [node for node in order[span.first : last + 1] if is_compute(node)]
+    hoisted = _hoisted(nodes, order, span)
+    kept = [node for node in nodes if node not in hoisted]
+    refusal = _objection(kept, order)
+    if refusal is not None:
+        return refusal
+    copied = _written_live_ins(kept, order)
+    if isinstance(copied, Refusal):
+        return copied
+    live_outs = _live_outs(kept, _made_before(order, span))
+    if not live_outs:
+        return Refusal("nothing_leaves")
+    return Region(
+        tuple(kept),
+        tuple(node for node in nodes if node in hoisted),
+        tuple(_live_ins(kept)),
+        tuple(live_outs),
+        copied,
+        span.lists,
+        span.front,
+        span.cached,
+        span.back,
+    )
+
+
+def _rank(gm: fx.GraphModule, region: Region, span: _Span) -> int:
+    """2: every live-out continues the stream of the last front block; 1: every live-out has some base; 0: otherwise."""
+    if any(out.base is None for out in region.live_outs):
+        return 0
+    made = _made_before(list(gm.graph.nodes), span)
+    return 2 if not span.front or all(out.base in made for out in region.live_outs) else 1
+
+
+def _made_before(order: Sequence[fx.Node], span: _Span) -> set[fx.Node]:
+    """What the last front block made, glue behind it included."""
+    if not span.front:
+        return set()
+    return {node for node in order[span.previous : span.first] if is_compute(node)}
+
+
+def _live_ins(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    inside = set(nodes)
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        for argument in node.all_input_nodes:
+            if argument not in inside:
+                found[argument] = None
+    activations = [node for node in found if not is_parameter(node)]
+    return activations + [node for node in found if is_parameter(node)]
+
+
+def _leaving(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    inside = set(nodes)
+    return [node for node in nodes if any(user not in inside for user in node.users)]
+
+
+def _live_outs(nodes: Sequence[fx.Node], made_before: set[fx.Node]) -> list[LiveOut]:
+    inside = set(nodes)
+    streams = [node for node in _live_ins(nodes) if isinstance(example_of(node), torch.Tensor)]
+    taken: set[fx.Node] = set()
+    found = []
+    for node in _leaving(nodes):
+        base, additive = _base_of(node, inside, streams, made_before, taken)
+        if base is not None:
+            taken.add(base)
+        found.append(LiveOut(node, base, additive))
+    return found
+
+
+def _base_of(
+    out: fx.Node, inside: set[fx.Node], streams: Sequence[fx.Node], made_before: set[fx.Node], taken: set[fx.Node]
+) -> tuple[fx.Node | None, bool]:
+    value = example_of(out)
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return None, False
+    depends, adds = _reached(out, inside)
+    alike = [
+        node for node in streams if node in depends and not is_parameter(node) and _same_shape(example_of(node), value)
+    ]
+    for wanted in (
+        [node for node in alike if node in adds and node in made_before],
+        [node for node in alike if node in made_before],
+        [node for node in alike if node in adds],
+        alike,
+    ):
+        free = [node for node in wanted if node not in taken] or wanted
+        if free:
+            return free[-1], free[-1] in adds
+    return None, False
+
+
+def _same_shape(a: object, b: torch.Tensor) -> bool:
+    return isinstance(a, torch.Tensor) and shape_key(a) == shape_key(b) and a.device == b.device
+
+
+def _reached(out: fx.Node, inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The live-ins that ``out`` depends on, and those it reaches through additions and reshapes alone."""
+    depends: set[fx.Node] = set()
+    adds: set[fx.Node] = set()
+    seen: set[tuple[fx.Node, bool]] = set()
+    stack = [(out, True)]
+    while stack:
+        node, additive = stack.pop()
+        if (node, additive) in seen:
+            continue
+        seen.add((node, additive))
+        if node not in inside:
+            depends.add(node)
+            if additive:
+                adds.add(node)
+            continue
+        carries = additive and (_is_addition(node) or _is_shaping(node) or node.target in _JOINING)
+        stack.extend((argument, carries) for argument in node.all_input_nodes)
+    return depends, adds
+
+
+def _is_addition(node: fx.Node) -> bool:
+    return node.target in (_ADDITIVE_METHODS if node.op == "call_method" else _ADDITIVE)
+
+
+def _is_shaping(node: fx.Node) -> bool:
+    return is_compute(node) and node.target in (_SHAPING_METHODS if node.op == "call_method" else _SHAPING)
+
+
+def _end_of_region(order: Sequence[fx.Node], span: _Span) -> int:
+    """Move the end over what follows where that gives live-outs a base or joins them into fewer.
+
+    Single-stream chains hand back text and image in one sequence, sliced behind the loop; and a loop that adds the
+    residual itself leaves its last addition behind the last block.
+    """
+    last = _over_unpacking(order, span.first, span.last)
+    made = _made_before(order, span)
+    for position in _tail_ends(order, span.first, last, made):
+        last = position
+    return last
+
+
+def _over_unpacking(order: Sequence[fx.Node], first: int, last: int) -> int:
+    """Take in the ``getitem`` of tuples made inside: only tensors can leave."""
+    while True:
+        place = {node: i for i, node in enumerate(order)}
+        inside = [node for node in order[first : last + 1] if is_compute(node)]
+        users = [
+            place[user]
+            for node in _leaving(inside)
+            if isinstance(example_of(node), (tuple, list))
+            for user in node.users
+            if user.target is operator.getitem and place[user] > last
+        ]
+        if not users or max(users) - last > MAX_TAIL_NODES:
+            return last
+        last = max(users)
+
+
+def _tail_ends(order: Sequence[fx.Node], first: int, last: int, made: set[fx.Node]) -> Iterable[int]:
+    def outs(end: int) -> tuple[int, int]:
+        nodes = [node for node in order[first : end + 1] if is_compute(node)]
+        live_outs = [out for out in _live_outs(nodes, made) if isinstance(example_of(out.node), torch.Tensor)]
+        return sum(out.base is None for out in live_outs), len(live_outs)
+
+    baseless, count = outs(last)
+    for position in range(last + 1, min(last + 1 + MAX_TAIL_NODES, len(order))):
+        if baseless == 0 and count <= 1:
+            return
+        node = order[position]
+        if node.op == "output" or any(is_parameter(argument) for argument in node.all_input_nodes):
+            return
+        if not is_compute(node):
+            continue
+        now_baseless, now_count = outs(position)
+        if (now_baseless < baseless and now_count <= count) or (now_baseless <= baseless and now_count < count):
+            baseless, count = now_baseless, now_count
+            yield position
+
+
+def _hoisted(nodes: Sequence[fx.Node], order: Sequence[fx.Node], span: _Span) -> set[fx.Node]:
+    """Nodes that leave the interval without depending on anything heavy in it: they are computed before the region.
+
+    Only what a leaving node needs is moved, and only where it reads no parameter and nothing in the interval wrote to.
+    """
+    inside = set(nodes)
+    leaving = _leaving(nodes)
+    moved: set[fx.Node] = set()
+    for node in leaving:
+        needed = _needed_inside(node, inside)
+        if any(is_parameter(a) for n in needed for a in n.all_input_nodes) or any(map(is_mutation, needed)):
+            continue
+        written = any(is_mutation(user) for n in needed for a in (n, *n.all_input_nodes) for user in a.users)
+        if not written and not any(map(is_random, needed)) and _is_light(needed, nodes):
+            moved |= needed
+    return moved if moved != inside else set()
+
+
+def _needed_inside(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    needed: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in needed or current not in inside:
+            continue
+        needed.add(current)
+        stack.extend(current.all_input_nodes)
+    return needed
+
+
+def _is_light(needed: set[fx.Node], nodes: Sequence[fx.Node]) -> bool:
+    return len(needed) <= max(2, len(nodes) // 20)
+
+
+def _objection(nodes: Sequence[fx.Node], order: Sequence[fx.Node]) -> Refusal | None:
+    for node in nodes:
+        if is_random(node):
+            return Refusal("random", node.name)
+    for node in _leaving(nodes):
+        value = example_of(node)
+        if "autocast" in str(node.target) or "_vmap" in str(node.target):
+            return Refusal("cuts_context", node.name)
+        if not isinstance(value, torch.Tensor):
+            return Refusal("not_a_tensor", f"{node.name}: {type(value).__name__}")
+    inside = set(nodes)
+    for node in nodes:
+        if str(node.target).find("_exit_autocast") >= 0 and any(a not in inside for a in node.all_input_nodes):
+            return Refusal("cuts_context", node.name)
+    return None
+
+
+def _written_live_ins(nodes: Sequence[fx.Node], order: Sequence[fx.Node]) -> tuple[fx.Node, ...] | Refusal:
+    """Live-ins that the region writes to in place. It may write to a copy where nobody else reads the original later."""
+    inside = set(nodes)
+    place = {node: i for i, node in enumerate(order)}
+    end = place[nodes[-1]]
+    copied: dict[fx.Node, None] = {}
+    for node in nodes:
+        root = _storage_owner(mutated_argument(node), inside)
+        if root is None or root in inside:
+            continue
+        aliased = any(_may_alias(user) and user not in inside for user in root.users)
+        if not is_compute(root) or _may_alias(root) or aliased or any(place[user] > end for user in root.users):
+            return Refusal("writes_outside", node.name)
+        copied[root] = None
+    return tuple(copied)
+
+
+def _storage_owner(node: fx.Node | None, inside: set[fx.Node]) -> fx.Node | None:
+    """Follow views and in-place results inside the region back to the node that owns the memory."""
+    while node is not None and node in inside:
+        if is_mutation(node):
+            node = mutated_argument(node)
+        elif _may_alias(node):
+            node = next(iter(node.all_input_nodes), None)
+        else:
+            return node
+    return node
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether the node's result may share memory with its first argument."""
+    if not _is_shaping(node) or node.target in (torch.clamp, torch.nan_to_num, "clip", "clamp"):
+        return False
+    source = next(iter(node.all_input_nodes), None)
+    made, given = example_of(node), example_of(source) if source is not None else None
+    if isinstance(made, torch.Tensor) and isinstance(given, torch.Tensor):
+        return made.dtype == given.dtype
+    return True

@@ -1,0 +1,91 @@
+"""What a node of a Dynamo graph stands for: its example value, whether it is a parameter, writes, or draws numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+_MUTATING_FUNCTIONS = frozenset({"iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "setitem"})
+# Names that end like an in-place method and are none.
+_NOT_MUTATING = frozenset({"and_", "or_", "not_", "xor_", "is_", "requires_grad_"})
+_RANDOM = frozenset(
+    "rand randn randint randperm rand_like randn_like randint_like normal normal_ uniform_ bernoulli bernoulli_ "
+    "multinomial poisson random_ exponential_ geometric_ log_normal_ cauchy_".split()
+)
+_DROPOUT = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout dropout_ rrelu".split()
+)
+
+
+def example_of(node: fx.Node) -> object:
+    """The example value that the tracer left on a node (a fake tensor, a SymInt, a tuple of these), or None."""
+    value: object = node.meta.get("example_value", node.meta.get("val"))
+    return value
+
+
+def shape_key(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Dtype and sizes; symbolic sizes by their expression, since comparing SymInts would install guards."""
+    return (tensor.dtype, *(size if isinstance(size, int) else str(size.node.expr) for size in tensor.shape))
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a node holds a weight, buffer or constant of the model and not an activation."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "placeholder":
+        return False
+    if isinstance(example_of(node), torch.nn.Parameter) or "_parameters_" in node.name or "_buffers_" in node.name:
+        return True
+    tensor_dict = node.meta.get("tensor_dict") or {}
+    return bool(tensor_dict.get("_dynamo_static_input_type"))
+
+
+def name_of(node: fx.Node) -> str:
+    """The bare name of what a node calls: ``add_``, ``setitem``, ``linear``."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def is_mutation(node: fx.Node) -> bool:
+    """Whether the node writes to its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(node)
+    if name in _NOT_MUTATING or name.startswith("_"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return name in _MUTATING_FUNCTIONS or name.endswith("_") or node.kwargs.get("inplace") is True or "out" in node.kwargs
+
+
+def mutated_argument(node: fx.Node) -> fx.Node | None:
+    """The node that a mutation writes to; None for other nodes."""
+    if not is_mutation(node):
+        return None
+    written = node.kwargs.get("out", node.args[0] if node.args else None)
+    return written if isinstance(written, fx.Node) else None
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether running the node moves a random number generator."""
+    name = name_of(node)
+    if name in _RANDOM:
+        return True
+    if name in _DROPOUT:
+        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else name != "rrelu")
+        probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+        return training is not False and probability != 0.0
+    if name == "scaled_dot_product_attention":
+        probability = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+        return probability != 0.0
+    return False
+
+
+def is_removable(node: fx.Node) -> bool:
+    """Whether erasing the node, once nobody uses it, changes nothing else."""
+    if node.op == "get_attr":
+        return True
+    if node.op not in ("call_function", "call_method") or is_mutation(node) or is_random(node):
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    return not name_of(node).startswith(("_enter", "_exit", "_vmap", "_add_batch", "_remove_batch", "_set_"))

@@ -1,0 +1,103 @@
+"""The arithmetic of the cache: what a computed step stores and measures, and what a skipped step predicts.
+
+Every function takes tensors or FX proxies alike; the passes write them into graphs, the tests call them.
+Statistics of one live-out, in this order: count of non-finite elements, mean square of the residual, then the upper
+triangle of the Gram matrix of differences G[a][b] = mean(d_a * d_b), with d_0 = R - h_0 and d_k = h_(k-1) - h_k, where R
+is the residual just computed and h_0, h_1, … the stored ones, newest first. From it the host has the error of every
+forecast whose weights sum to 1 (:mod:`cache_dit.forecasts.error`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# A tensor, or a proxy of one while a graph is written.
+Value = Any
+
+# Odd constants below 2^31: the product with a 32-bit value stays inside int64 (no signed overflow).
+_MIX = 0x45D9F3B
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x1E3779B9
+
+
+def statistics_length(history: int) -> int:
+    """How many numbers a computed step measures for each live-out."""
+    return 2 + history * (history + 1) // 2
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and differences: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def residual_of(output: Value, base: Value | None, accumulate: torch.dtype) -> Value:
+    """What the region added to its base; the output itself where it has no base."""
+    return output.to(accumulate) if base is None else output.to(accumulate) - base.to(accumulate)
+
+
+def store(residual: Value, stored: Sequence[Value], dtype: torch.dtype, accumulate: torch.dtype) -> list[Value]:
+    """Measure the residual, write it over the oldest stored one, and return the statistics (scalars, accumulate dtype).
+
+    Non-finite elements are stored as 0 and counted, so that a later forecast with weight 0 stays finite (0 * NaN is NaN).
+    """
+    kept = residual.to(dtype)
+    finite = torch.isfinite(kept)
+    kept = torch.where(finite, kept, torch.zeros_like(kept))
+    truth = kept.to(accumulate)
+    history = [buffer.to(truth.device).to(accumulate) for buffer in stored]
+    differences = [truth - history[0], *(newer - older for newer, older in zip(history, history[1:], strict=False))]
+    measured = [(~finite).sum().to(accumulate), (truth * truth).mean()]
+    for a in range(len(differences)):
+        measured.extend((differences[a] * differences[b]).mean() for b in range(a, len(differences)))
+    stored[-1].copy_(kept)
+    return measured
+
+
+def predict(stored: Sequence[Value], control: Value, accumulate: torch.dtype, device: torch.device) -> Value:
+    """The forecast residual: the sum of ``control[k] * stored[k]``."""
+    predicted = None
+    for k, buffer in enumerate(stored):
+        term = buffer.to(device).to(accumulate) * control[k]
+        predicted = term if predicted is None else predicted + term
+    return predicted
+
+
+def rebuilt(base: Value | None, predicted: Value, dtype: torch.dtype, accumulate: torch.dtype) -> Value:
+    """The region's output from its base and the forecast residual."""
+    return (predicted if base is None else base.to(accumulate) + predicted).to(dtype)
+
+
+def noise(shape: Sequence[Any], count: Any, key: Value, stream: int, device: torch.device, accumulate: torch.dtype) -> Value:
+    """Standard normal numbers that depend on ``key`` (int64, 0-d), ``stream`` and the element's place alone.
+
+    A counter-based generator: the place is mixed with the key by two rounds of an integer hash (the 32-bit finalizer
+    with constant 0x45d9f3b), and two 24-bit uniform numbers become one normal number (Box and Muller, 1958). No state is
+    read or written, so the user's random generators stay where they were.
+    """
+    place = torch.arange(count, device=device, dtype=torch.int64)
+    first = _mixed(_mixed(place ^ key) + (stream * _GOLDEN & 0x7FFFFFFF))
+    second = _mixed(first + _GOLDEN)
+    radius = torch.sqrt(-2.0 * torch.log(_uniform(first, accumulate)))
+    angle = 6.283185307179586 * _uniform(second, accumulate)
+    return (radius * torch.cos(angle)).reshape(shape)
+
+
+def _mixed(value: Value) -> Value:
+    value = value & _MASK
+    value = (((value >> 16) ^ value) * _MIX) & _MASK
+    value = (((value >> 16) ^ value) * _MIX) & _MASK
+    return (value >> 16) ^ value
+
+
+def _uniform(bits: Value, dtype: torch.dtype) -> Value:
+    """24 of the 32 bits as a number in (0, 1)."""
+    return ((bits >> 8).to(dtype) + 0.5) * (1.0 / 16777216.0)
+
+
+def relative_change(now: Value, before: Value, accumulate: torch.dtype) -> tuple[Value, Value]:
+    """mean|now - before| and mean|before|: the increment of the front clock is their ratio."""
+    now, before = now.to(accumulate), before.to(accumulate)
+    return (now - before).abs().mean(), before.abs().mean()

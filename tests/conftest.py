@@ -1,0 +1,24 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+# `python -m pytest` puts the working directory first: there our folder `comfy` would shadow ComfyUI's package.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing compiled before the test, nothing left after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
