@@ -102,3 +102,8 @@ def __dir__() -> list[str]:
 _own_folder = Path(__file__).resolve().parent
 if not (_own_folder / "passes").is_dir():
     __path__.append(str(_own_folder.parent))
+
+from .registration import offer_backend  # noqa: E402
+
+offer_backend(__name__, __version__)
+del offer_backend

@@ -11,16 +11,26 @@ import torch
 from torch import fx
 
 from . import passes
-from .explanation import GraphReport, describe_region
 from .errors import CacheDitError, NoBlocksError
+from .explanation import GraphReport, describe_region
 from .lowering import choose_lowering, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options
+from .other_project import warn_of_other_project
 from .runtime.program import CachedGraph, UncachedGraph, sizes_are_known
 from .runtime.registry import session_of_parameter
 from .runtime.session import Session, active_session
 from .texts import text
-from .torch_internals import break_reason, copy_dynamo_graph, frame_id, inner_compiler, recompile_reason
+from .torch_internals import (
+    backend_failure,
+    break_reason,
+    copy_dynamo_graph,
+    frame_id,
+    inner_compiler,
+    recompile_reason,
+)
+
+warn_of_other_project()
 
 
 def cache_dit_backend(
@@ -36,8 +46,11 @@ def cache_dit_backend(
         ValueError, TypeError: a wrong option; reaches the user as the ``__cause__`` of torch's own error.
         CacheDitError: nothing could be cached and ``strict`` was asked for.
     """
-    resolved = _interned(resolve_options(options))
-    return compile_graph(gm, example_inputs, resolved.program(), mode, _UnownedCalls(resolved))
+    try:
+        resolved = _interned(resolve_options(options))
+        return compile_graph(gm, example_inputs, resolved.program(), mode, _UnownedCalls(resolved))
+    except (ValueError, TypeError, CacheDitError) as error:
+        raise backend_failure(error) from error
 
 
 class OwnedBackend:
@@ -48,7 +61,10 @@ class OwnedBackend:
         self.__name__ = "cache_dit"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_graph(gm, example_inputs, self.program, self.mode, _OwnedCalls())
+        try:
+            return compile_graph(gm, example_inputs, self.program, self.mode, _OwnedCalls())
+        except CacheDitError as error:
+            raise backend_failure(error) from error
 
 
 @functools.lru_cache(maxsize=256)
@@ -140,6 +156,8 @@ def compile_graph(
         graph, region, inputs = rewritten
         report.region = describe_region(region, inputs)
         lowering = choose_lowering(program.lowering)
+        if program.lowering not in ("auto", lowering.name):
+            warn("lowering_unbuilt", language, wanted=program.lowering, used=lowering.name)
         report.lowering = lowering.name
         programs = lowering.lower(graph, with_cache_examples(graph, examples), compile_inner)
         plain = _plain(copy_dynamo_graph(gm), program)

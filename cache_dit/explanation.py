@@ -67,7 +67,7 @@ class GraphReport:
         """What is known of a graph before the passes run."""
         nodes = [node for node in gm.graph.nodes if is_compute(node)]
         stacks = (node.meta.get("nn_module_stack") for node in nodes)
-        stack = next((stack for stack in stacks if stack), {})
+        stack: dict[str, tuple[str, type]] = next((stack for stack in stacks if stack), {})
         root = next((cls for _, cls in stack.values()), None)
         return cls(getattr(root, "__name__", str(root or "model")), len(nodes), break_reason, recompile_reason)
 
@@ -167,9 +167,7 @@ class Explanation:
         if not self.called:
             return [*lines, text("explain_not_called", language)]
         breaks = len(self.graph_breaks)
-        lines.append(
-            text("explain_graphs", language, graphs=len(self.graphs), breaks=breaks, seconds=self.compile_seconds)
-        )
+        lines.append(text("explain_graphs", language, graphs=len(self.graphs), breaks=breaks, seconds=self.compile_seconds))
         for number, graph in enumerate(self.graphs, 1):
             lines.extend(_graph_lines(number, graph, language))
         lines.extend(text("explain_break", language, reason=reason) for reason in self.graph_breaks)

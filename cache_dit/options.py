@@ -188,9 +188,7 @@ def set_global_config(**config: object) -> None:
         if name not in names:
             raise TypeError(_unknown_name(name, value, names, None))
     rules = {global_name: _RULES[name] for name, global_name in _GLOBAL_NAME_OF.items()}
-    checked = {
-        name: None if value is None else _checked(name, value, rules[name], None) for name, value in config.items()
-    }
+    checked = {name: None if value is None else _checked(name, value, rules[name], None) for name, value in config.items()}
     _global_config = replace(_global_config, **checked)
 
 

@@ -105,7 +105,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "computed": ("计算", "computed"),
     # Said once for each model while it runs.
     "no_region": (
-        "❌ 未能找到 transformer 组件；模型照常运行，未使用缓存。原因: {details}\n解决方案: 检查模型类型，确保使用支持的模型架构",
+        "❌ 未能找到 transformer 组件；模型照常运行，未使用缓存。原因: {details}\n"
+        "解决方案: 检查模型类型，确保使用支持的模型架构",
         "❌ No transformer component found; the model runs as usual, without the cache. Why: {details}\n"
         "Remedy: check the model's type and use a supported architecture, or name the part to cache with region=",
     ),
@@ -135,7 +136,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "Remedy: check the inputs, the weights and the dtype (fp16 overflows easily)",
     ),
     "out_of_memory": (
-        "没有足够的内存存放缓存，本模型照常计算\n解决方案: 使用 residual_dtype=torch.bfloat16、residual_device='cpu' 或 forecast='reuse'",
+        "没有足够的内存存放缓存，本模型照常计算\n"
+        "解决方案: 使用 residual_dtype=torch.bfloat16、residual_device='cpu' 或 forecast='reuse'",
         "Not enough memory for the cache: the model computes as usual\n"
         "Remedy: residual_dtype=torch.bfloat16, residual_device='cpu' or forecast='reuse'",
     ),
@@ -148,10 +150,30 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "lowering='{wanted}' 尚不可用，改用 '{used}'",
         "lowering='{wanted}' is not available yet; '{used}' is used instead",
     ),
+    "correction_unbuilt": (
+        "correction=True 尚不可用: 已跳过的步骤不会被修正",
+        "correction=True is not available yet: skipped steps are not corrected",
+    ),
+    "target_speedup_unreachable": (
+        "max_consecutive_hits 太小，达不到 target_speedup\n解决方案: 调大 max_consecutive_hits 或降低 target_speedup",
+        "max_consecutive_hits is too low for target_speedup to be reached\n"
+        "Remedy: raise max_consecutive_hits or lower target_speedup",
+    ),
+    "target_speedup_unused": (
+        "target_speedup 只在 strategy='adaptive' 下起作用，目前被忽略\n解决方案: 使用 strategy='adaptive'",
+        "target_speedup works under strategy='adaptive' alone and is ignored\nRemedy: use strategy='adaptive'",
+    ),
+    "other_project": (
+        "同时安装了另一个项目 cache-dit {version}，它与本项目的导入名相同，只有一个能被导入\n"
+        "解决方案: pip uninstall cache-dit，或把两者装在不同的环境中",
+        "Another project, cache-dit {version}, is installed too. It has the same import name, so only one can be imported\n"
+        "Remedy: pip uninstall cache-dit, or keep the two in different environments",
+    ),
     # Why a graph has no cached region: the text behind "Why:" above and in explain.
     "refusal_no_blocks": (
         "图中没有重复的模块（图可能只含一个块，例如使用了 compile_repeated_blocks；请编译整个模型）",
-        "the graph holds no repeated modules (or one block alone, as compile_repeated_blocks makes it: compile the whole model)",
+        "the graph holds no repeated modules (or one block alone, as compile_repeated_blocks makes it: "
+        "compile the whole model)",
     ),
     "refusal_nothing_left": (
         "front_blocks 和 back_blocks 没有留下可跳过的块（{detail}）；请减小它们",
@@ -235,7 +257,10 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     ),
     "explain_dynamic": ("取决于形状（动态）", "as much as the shapes of a call ask for (dynamic)"),
     "explain_held": ("当前占用: {size}", "held now: {size}"),
-    "explain_refused": ("本应跳过却照常计算的次数:", "steps that computed though they were due to be skipped, or for lack of a cache:"),
+    "explain_refused": (
+        "本应跳过却照常计算的次数:",
+        "steps that computed though they were due to be skipped, or for lack of a cache:",
+    ),
     "explain_break": ("图中断: {reason}", "graph break: {reason}"),
     # Options.
     "option_type": (

@@ -30,7 +30,7 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for node, copy in copies.items():
         copy.meta = dict(node.meta)
         if hasattr(node, "_dynamo_source"):
-            copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copy._dynamo_source = node._dynamo_source
     graph.output(output)
     copied = fx.GraphModule(gm, graph)
     keep_dynamo_attributes(gm, copied)
@@ -86,6 +86,31 @@ def symbol_of(size: object) -> Any:
 def is_unbacked(expression: Any) -> bool:
     """Whether a size depends on data: it cannot be known before the program has run."""
     return any(str(symbol).startswith(("u", "zuf")) for symbol in getattr(expression, "free_symbols", ()))
+
+
+def backend_failure(error: Exception) -> Exception:
+    """Torch's own error for a failed backend, with ``error`` as its ``__cause__``.
+
+    Torch raises its error ``from None`` (seen in 2.13), which clears the cause on the object: here it is read from the
+    inner exception instead, so that the user's mistake stays in the traceback.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    class CacheDitBackendFailed(BackendCompilerFailed):
+        """The backend refused the model or its options; ``__cause__`` says why."""
+
+        @property
+        def __cause__(self) -> BaseException | None:
+            return self.inner_exception
+
+        @__cause__.setter
+        def __cause__(self, cause: BaseException | None) -> None:
+            """Torch clears the cause; it stays what it is."""
+
+    def cache_dit() -> None:
+        """Names the backend in torch's message."""
+
+    return CacheDitBackendFailed(cache_dit, error, None)
 
 
 def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:

@@ -19,8 +19,33 @@ MAX_TAIL_NODES = 40
 _ADDITIVE = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, torch.addcmul, torch.lerp, torch.where}
 _ADDITIVE_METHODS = {"add", "add_", "sub"}
 _SHAPING_METHODS = frozenset(
-    "to type_as contiguous view reshape permute transpose unsqueeze squeeze flatten unflatten clip clamp expand float half "
-    "bfloat16 double split chunk split_with_sizes type unbind movedim narrow".split()
+    {
+        "to",
+        "type_as",
+        "contiguous",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "unflatten",
+        "clip",
+        "clamp",
+        "expand",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "split",
+        "chunk",
+        "split_with_sizes",
+        "type",
+        "unbind",
+        "movedim",
+        "narrow",
+    }
 )
 _SHAPING = {
     torch.clamp,
@@ -231,9 +256,7 @@ def _base_of(
     if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
         return None, False
     depends, adds = _reached(out, inside)
-    alike = [
-        node for node in streams if node in depends and not is_parameter(node) and _same_shape(example_of(node), value)
-    ]
+    alike = [node for node in streams if node in depends and not is_parameter(node) and _same_shape(example_of(node), value)]
     for wanted in (
         [node for node in alike if node in adds and node in made_before],
         [node for node in alike if node in made_before],
@@ -335,15 +358,16 @@ def _hoisted(nodes: Sequence[fx.Node], order: Sequence[fx.Node], span: _Span) ->
 
     Only what a leaving node needs is moved, and only where it reads no parameter and nothing in the interval wrote to.
     """
-    inside = set(nodes)
+    inside, everywhere = set(nodes), set(order)
     leaving = _leaving(nodes)
+    written = {_storage_owner(mutated_argument(node), everywhere) for node in nodes if is_mutation(node)}
     moved: set[fx.Node] = set()
     for node in leaving:
         needed = _needed_inside(node, inside)
         if any(is_parameter(a) for n in needed for a in n.all_input_nodes) or any(map(is_mutation, needed)):
             continue
-        written = any(is_mutation(user) for n in needed for a in (n, *n.all_input_nodes) for user in a.users)
-        if not written and not any(map(is_random, needed)) and _is_light(needed, nodes):
+        reads_written = any(_storage_owner(a, everywhere) in written for n in needed for a in (n, *n.all_input_nodes))
+        if not reads_written and not any(map(is_random, needed)) and _is_light(needed, nodes):
             moved |= needed
     return moved if moved != inside else set()
 
@@ -385,14 +409,16 @@ def _written_live_ins(nodes: Sequence[fx.Node], order: Sequence[fx.Node]) -> tup
     """Live-ins that the region writes to in place. It may write to a copy where nobody else reads the original later."""
     inside = set(nodes)
     place = {node: i for i, node in enumerate(order)}
-    end = place[nodes[-1]]
+    begin, end = place[nodes[0]], place[nodes[-1]]
     copied: dict[fx.Node, None] = {}
     for node in nodes:
         root = _storage_owner(mutated_argument(node), inside)
         if root is None or root in inside:
             continue
-        aliased = any(_may_alias(user) and user not in inside for user in root.users)
-        if not is_compute(root) or _may_alias(root) or aliased or any(place[user] > end for user in root.users):
+        others = _sharing_memory(root, order) - inside - {root}
+        read_elsewhere = any(place[user] >= begin for other in others for user in other.users)
+        owned = all(map(is_compute, others)) and is_compute(root)
+        if not owned or _may_alias(root) or read_elsewhere or any(place[user] > end for user in root.users):
             return Refusal("writes_outside", node.name)
         copied[root] = None
     return tuple(copied)
@@ -408,6 +434,21 @@ def _storage_owner(node: fx.Node | None, inside: set[fx.Node]) -> fx.Node | None
         else:
             return node
     return node
+
+
+def _sharing_memory(node: fx.Node, order: Sequence[fx.Node]) -> set[fx.Node]:
+    """Every node whose result lies in the memory of ``node``'s: views and in-place results, on both sides of it."""
+    owner = _storage_owner(node, set(order))
+    found = {node} if owner is None else {owner}
+    stack = list(found)
+    while stack:
+        current = stack.pop()
+        for user in current.users:
+            views = _may_alias(user) and user.all_input_nodes[0] is current
+            if user not in found and (views or mutated_argument(user) is current):
+                found.add(user)
+                stack.append(user)
+    return found
 
 
 def _may_alias(node: fx.Node) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -9,11 +13,40 @@ _MUTATING_FUNCTIONS = frozenset({"iadd", "isub", "imul", "itruediv", "imatmul", 
 # Names that end like an in-place method and are none.
 _NOT_MUTATING = frozenset({"and_", "or_", "not_", "xor_", "is_", "requires_grad_"})
 _RANDOM = frozenset(
-    "rand randn randint randperm rand_like randn_like randint_like normal normal_ uniform_ bernoulli bernoulli_ "
-    "multinomial poisson random_ exponential_ geometric_ log_normal_ cauchy_".split()
+    {
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "normal",
+        "normal_",
+        "uniform_",
+        "bernoulli",
+        "bernoulli_",
+        "multinomial",
+        "poisson",
+        "random_",
+        "exponential_",
+        "geometric_",
+        "log_normal_",
+        "cauchy_",
+    }
 )
 _DROPOUT = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout dropout_ rrelu".split()
+    {
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_dropout",
+        "feature_alpha_dropout",
+        "dropout_",
+        "rrelu",
+    }
 )
 
 
@@ -50,11 +83,28 @@ def is_mutation(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
+    if name.strip("_") in _MUTATING_FUNCTIONS:
+        return True
     if name in _NOT_MUTATING or name.startswith("_"):
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
-    return name in _MUTATING_FUNCTIONS or name.endswith("_") or node.kwargs.get("inplace") is True or "out" in node.kwargs
+    return name.endswith("_") or "out" in node.kwargs or _works_in_place(node)
+
+
+def _works_in_place(node: fx.Node) -> bool:
+    """Whether ``inplace`` is True, by name or, as modules such as ``nn.LeakyReLU`` pass it, by position."""
+    place = _place_of_inplace(node.target) if node.op == "call_function" else None
+    given = node.args[place] if place is not None and place < len(node.args) else node.kwargs.get("inplace")
+    return given is True
+
+
+@functools.cache
+def _place_of_inplace(target: Callable[..., object]) -> int | None:
+    if getattr(target, "__module__", None) != "torch.nn.functional":
+        return None
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 def mutated_argument(node: fx.Node) -> fx.Node | None:
@@ -73,10 +123,10 @@ def is_random(node: fx.Node) -> bool:
     if name in _DROPOUT:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else name != "rrelu")
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-        return training is not False and probability != 0.0
+        return training is not False and bool(probability != 0.0)
     if name == "scaled_dot_product_attention":
         probability = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-        return probability != 0.0
+        return bool(probability != 0.0)
     return False
 
 

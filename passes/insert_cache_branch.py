@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -158,22 +159,25 @@ def _add_placeholders(graph: fx.Graph, inputs: CacheInputs, like: torch.Tensor) 
             last = graph.placeholder(f"cache_{name}")
         last.meta["example_value"] = example
         # AOT autograd asserts that every placeholder of a Dynamo graph names its source (seen in torch 2.13)
-        last._dynamo_source = None  # type: ignore[attr-defined]
+        last._dynamo_source = None
         placeholders[name] = last
     return placeholders
 
 
-def _front_clock(
-    graph: fx.Graph, region: Region, call: fx.Node, front: fx.Node, inputs: CacheInputs
-) -> fx.Node:
+def _front_clock(graph: fx.Graph, region: Region, call: fx.Node, front: fx.Node, inputs: CacheInputs) -> fx.Node:
     """Measure how far the front's output moved since the last step, and keep it for the next one."""
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = proxies_of(graph)
     source = next(node for node in call.args if isinstance(node, fx.Node) and node.name == _front_of(region).name)
     now, before = fx.Proxy(source, tracer), fx.Proxy(front, tracer)
-    change = torch.stack(residual_math.relative_change(now, before, inputs.accumulate))
+    change: Any = torch.stack(residual_math.relative_change(now, before, inputs.accumulate))
     before.copy_(now)
     node: fx.Node = change.node
     return node
+
+
+def proxies_of(graph: fx.Graph) -> Any:
+    """A tracer whose proxies append what is done to them to a graph."""
+    return fx.proxy.GraphAppendingTracer(graph)
 
 
 class _BranchWriter:
@@ -186,7 +190,7 @@ class _BranchWriter:
         graph, named, live_ins = self._begin()
         results = graph.graph_copy(self.body.graph, live_ins)
         assert isinstance(results, tuple)
-        tracer = fx.proxy.GraphAppendingTracer(graph)
+        tracer = proxies_of(graph)
         bases = self._bases(live_ins, tracer)
         outputs, measured = [], []
         for j, (out, node) in enumerate(zip(self.region.live_outs, results, strict=True)):
@@ -197,15 +201,17 @@ class _BranchWriter:
             stored = [fx.Proxy(named[f"residual_{j}_{k}"], tracer) for k in range(self.inputs.history)]
             measured.extend(residual_math.store(residual, stored, buffer.dtype, accumulate))
             outputs.append(_same_layout(value, _tensor(out.node)).node)
-        graph.output((*outputs, torch.stack(measured).node))
+        stacked: Any = torch.stack(measured)
+        graph.output((*outputs, stacked.node))
         return graph
 
     def reuse(self) -> fx.Graph:
         graph, named, live_ins = self._begin()
-        tracer = fx.proxy.GraphAppendingTracer(graph)
+        tracer = proxies_of(graph)
         bases = self._bases(live_ins, tracer)
-        control, key = fx.Proxy(named["control"], tracer), fx.Proxy(named["key"], tracer)
-        measured = fx.Proxy(named["measured"], tracer)
+        control: Any = fx.Proxy(named["control"], tracer)
+        measured: Any = fx.Proxy(named["measured"], tracer)
+        key = fx.Proxy(named["key"], tracer)
         accumulate, history = self.inputs.accumulate, self.inputs.history
         outputs = []
         for j, out in enumerate(self.region.live_outs):
@@ -219,7 +225,8 @@ class _BranchWriter:
                 predicted = predicted + size * residual_math.noise(shape, count, key, j, example.device, accumulate)
             value = residual_math.rebuilt(bases[j], predicted, example.dtype, accumulate)
             outputs.append(_in_order_of(value, example).node)
-        graph.output((*outputs, _cond_only(torch.zeros_like(measured)).node))
+        nothing: Any = torch.zeros_like(measured)
+        graph.output((*outputs, _cond_only(nothing).node))
         return graph
 
     def _begin(self) -> tuple[fx.Graph, dict[str, fx.Node], dict[fx.Node, fx.Node]]:
@@ -232,13 +239,13 @@ class _BranchWriter:
         for node in self.body.graph.nodes:
             if node.op == "placeholder":
                 copy = graph.placeholder(node.name)
+                # the model may have a variable of the name of a cache input; an argument is named by its target
+                copy.target = copy.name
                 copy.meta = dict(node.meta)
                 live_ins[node] = copy
         return graph, named, live_ins
 
-    def _bases(
-        self, live_ins: dict[fx.Node, fx.Node], tracer: fx.Tracer
-    ) -> list[fx.Proxy | None]:
+    def _bases(self, live_ins: dict[fx.Node, fx.Node], tracer: Any) -> list[fx.Proxy | None]:
         by_name = {node.name: copy for node, copy in live_ins.items() if node.op == "placeholder"}
         return [None if out.base is None else fx.Proxy(by_name[out.base.name], tracer) for out in self.region.live_outs]
 

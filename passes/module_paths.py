@@ -25,10 +25,10 @@ COMPUTE_OPS = frozenset({"call_function", "call_method", "call_module"})
 
 
 class Membership(NamedTuple):
-    """One numbered module that a node belongs to: ``container`` holds it under ``index``."""
+    """One numbered module that a node belongs to: ``container`` holds it under ``number``."""
 
     container: str
-    index: int
+    number: int
     class_name: str
 
 

@@ -10,6 +10,7 @@ forecast whose weights sum to 1 (:mod:`cache_dit.forecasts.error`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def store(residual: Value, stored: Sequence[Value], dtype: torch.dtype, accumula
     kept = torch.where(finite, kept, torch.zeros_like(kept))
     truth = kept.to(accumulate)
     history = [buffer.to(truth.device).to(accumulate) for buffer in stored]
-    differences = [truth - history[0], *(newer - older for newer, older in zip(history, history[1:], strict=False))]
+    differences = [truth - history[0], *(newer - older for newer, older in pairwise(history))]
     measured = [(~finite).sum().to(accumulate), (truth * truth).mean()]
     for a in range(len(differences)):
         measured.extend((differences[a] * differences[b]).mean() for b in range(a, len(differences)))

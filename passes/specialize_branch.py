@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -44,8 +45,8 @@ def _inline(gm: fx.GraphModule, cond: fx.Node, branch: fx.GraphModule) -> None:
     operands = cond.args[3]
     assert isinstance(operands, (tuple, list))
     placeholders = [node for node in branch.graph.nodes if node.op == "placeholder"]
-    copies: dict[fx.Node, object] = dict(zip(placeholders, operands, strict=True))
-    results: object = ()
+    copies: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
+    results: Any = ()
     with graph.inserting_before(cond):
         for node in branch.graph.nodes:
             if node.op == "output":
@@ -55,12 +56,13 @@ def _inline(gm: fx.GraphModule, cond: fx.Node, branch: fx.GraphModule) -> None:
             elif node.op == "get_attr":
                 copies[node] = _adopted(gm, branch, node)
             elif node.op != "placeholder":
-                copies[node] = graph.node_copy(node, lambda argument: copies[argument])  # type: ignore[arg-type,return-value]
+                copies[node] = graph.node_copy(node, lambda argument: copies[argument])
     assert isinstance(results, tuple)
     for user in list(cond.users):
         if user.target is not operator.getitem:
             raise AssertionError(f"unexpected user of the branch: {user}")
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[arg-type,index]
+        place: Any = user.args[1]
+        user.replace_all_uses_with(results[place])
         graph.erase_node(user)
     branches = [cond.args[1], cond.args[2]]
     graph.erase_node(cond)

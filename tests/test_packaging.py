@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def run_python(code: str, cwd: Path, *flags: str) -> subprocess.CompletedProcess
     return done
 
 
-def load_root(tmp_path: Path, name: str, *extra_path: str) -> tuple[dict[str, object], str]:
+def load_root(tmp_path: Path, name: str, *extra_path: str) -> tuple[dict[str, Any], str]:
     """Load the root as ComfyUI does, in an interpreter that finds nothing of ours; the facts and the log."""
     path = [*extra_path, sysconfig.get_path("purelib")]
     code = f"PATH, NAME, ROOT = {path!r}, {name!r}, {str(ROOT)!r}\n{LOAD_ROOT}"

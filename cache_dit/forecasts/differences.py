@@ -41,9 +41,7 @@ def _weights_of(factors: Sequence[float], gaps: Sequence[int]) -> list[float]:
     return weights
 
 
-def expand(
-    stored: Sequence[Point], target: Point, order: int, basis: Callable[[int, float], list[float]]
-) -> tuple[float, ...]:
+def expand(stored: Sequence[Point], target: Point, order: int, basis: Callable[[int, float], list[float]]) -> tuple[float, ...]:
     """The weights of Σₖ basis(order, x)[k] · Dᵏ, x = target.step − stored[0].step in steps, basis[0] = 1.
 
     The order falls as `Forecast` says, and where neighbouring points share a step.

@@ -73,7 +73,7 @@ class _Listener:
 
 
 def _listening(manager_class: type, session: weakref.ref[Session]) -> Any:
-    class Contexts(manager_class):  # type: ignore[misc,valid-type]
+    class Contexts(manager_class):  # type: ignore[misc]
         """A state manager that hands every context to the session."""
 
         def set_context(self, context: Any) -> None:

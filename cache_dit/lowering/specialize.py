@@ -25,9 +25,7 @@ def lower_specialize(
     return Programs(compute, reuse)
 
 
-def _specialized(
-    gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[..., Any], compute: bool
-) -> FlatCall:
+def _specialized(gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[..., Any], compute: bool) -> FlatCall:
     graph = copy_dynamo_graph(gm)
     specialize_branch(graph, compute=compute)
     kept = _drop_unused_inputs(graph)

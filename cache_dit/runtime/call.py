@@ -29,9 +29,7 @@ class CachedCall:
         session = self.session
         compiled = self._compiled
         if compiled is None:
-            compiled = self._compiled = torch.compile(
-                self._module._call_impl, backend=self._backend, **compile_limits()
-            )
+            compiled = self._compiled = torch.compile(self._module._call_impl, backend=self._backend, **compile_limits())
         with session.lock:
             token = active_session.set(session)
             self._arguments = (args, kwargs)

@@ -98,6 +98,11 @@ class StepClock:
         self._named.clear()
         self._known, self.sigmas, self.num_steps = frozenset(), None, None
 
+    def forget_context(self, name: ContextKey) -> None:
+        """Drop a named context: its next call begins a run in it."""
+        if isinstance(name, str):
+            self._named.pop(name, None)
+
     @property
     def running(self) -> bool:
         """Whether a run is under way."""

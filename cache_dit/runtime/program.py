@@ -140,8 +140,7 @@ class SizeReader:
     def _evaluate(self, values: tuple[int, ...]) -> Sizes:
         replaced = {symbol: value for (symbol, _), value in zip(self._where, values, strict=True)}
         return tuple(
-            tuple(int(e.xreplace(replaced)) if hasattr(e, "xreplace") else int(e) for e in sizes)
-            for sizes in self._expressions
+            tuple(int(e.xreplace(replaced)) if hasattr(e, "xreplace") else int(e) for e in sizes) for sizes in self._expressions
         )
 
 

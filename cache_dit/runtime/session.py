@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..errors import NoBlocksError
 from ..forecasts import FORECASTS, Point, choose_forecast, forecast_error
 from ..messages import SaidOnce, announce
 from ..options import CacheOptions
@@ -28,6 +29,8 @@ from .timing import CallTimer
 AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
 # Control tensors kept: a run has a few dozen distinct ones, and the next run has the same.
 MAX_CONTROLS = 512
+# Contexts kept: a server may name each request.
+MAX_CONTEXTS = 64
 COMPUTE_FIRST = Decision(False, "first_call")
 
 active_session: ContextVar[Session | None] = ContextVar("cache_dit_active_session", default=None)
@@ -107,14 +110,13 @@ class Session:
         self._decisions: dict[int, tuple[Decision, int]] = {}
         self._decided_run = 0
         self._controls: dict[tuple[object, ...], torch.Tensor] = {}
-        self._compiles_before = 0
+        self._compiles_seen = 0
 
     # ---- a call of the model -----------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """A call of the model begins."""
         self._forward = Forward()
-        self._compiles_before = self.counters.compiles
         if self.counters.timed:
             self.timer.start()
 
@@ -127,7 +129,8 @@ class Session:
         counters.calls += 1
         hit = forward.skipped > 0
         counters.hits += hit
-        if counters.compiles != self._compiles_before:
+        if counters.compiles != self._compiles_seen:
+            self._compiles_seen = counters.compiles
             counters.compile_calls += 1
             self.timer.discard()
         elif counters.timed:
@@ -252,12 +255,21 @@ class Session:
         forward.tick = tick
         if tick.broke:
             self.counters.refuse("pattern_broken")
-        context = self.contexts.setdefault(tick.context, Context())
+        context = self.contexts.get(tick.context) or self._new_context(tick.context)
         if tick.fresh:
             context.forget()
             context.run = tick.run
             if tick.context == 1 and tick.broke:
                 self._drop_other_contexts()
+        return context
+
+    def _new_context(self, key: ContextKey) -> Context:
+        """A context seen for the first time; beyond a bound the oldest one goes (it would begin anew, and compute)."""
+        if len(self.contexts) >= MAX_CONTEXTS:
+            oldest = next(iter(self.contexts))
+            del self.contexts[oldest]
+            self.clock.forget_context(oldest)
+        context = self.contexts[key] = Context()
         return context
 
     def _ask_runs(self, runs: RunSource) -> None:
@@ -386,6 +398,10 @@ class Session:
         options = self.options
         if self.clock.num_steps is None and (options.start_percent > 0.0 or options.end_percent < 1.0):
             self.said.warn("percent_ignored")
+        if options.correction is True:
+            self.said.warn("correction_unbuilt")
+        if options.target_speedup is not None and (options.strategy != "adaptive" or options.schedule is not None):
+            self.said.warn("target_speedup_unused")
         for key in self.strategy.notes():
             self.said.warn(key)
 
@@ -484,6 +500,8 @@ class Session:
             key = "no_region"
         self.counters.refuse(key)
         details = "; ".join(dict.fromkeys(report.refusal_text(self.options.language) for report in reasons))
+        if self.options.strict and key == "no_region":
+            raise NoBlocksError(text(key, self.options.language, details=details))
         self.said.warn(key, details=details)
 
     def _log(self, forward: Forward) -> None:

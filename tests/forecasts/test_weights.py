@@ -49,9 +49,7 @@ def test_weights_sum_to_one_and_are_bounded(rule: Forecast, past: tuple[list[Poi
 
 @EVERY
 @given(past=pasts(), order=st.integers(1, 3), shift=st.integers(1, 40))
-def test_only_distances_in_steps_matter(
-    rule: Forecast, past: tuple[list[Point], Point], order: int, shift: int
-) -> None:
+def test_only_distances_in_steps_matter(rule: Forecast, past: tuple[list[Point], Point], order: int, shift: int) -> None:
     stored, target = past
     later = [Point(point.step + shift, point.time) for point in stored]
     expected = rule.weights(stored, target, order)
@@ -166,9 +164,7 @@ def taylorseer(stored: list[Point], target: Point, order: int, values: list[floa
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@given(
-    gaps=st.lists(st.integers(1, 4), min_size=4, max_size=4), values=st.lists(st.floats(-3, 3), min_size=4, max_size=4)
-)
+@given(gaps=st.lists(st.integers(1, 4), min_size=4, max_size=4), values=st.lists(st.floats(-3, 3), min_size=4, max_size=4))
 def test_taylor_is_taylorseer(order: int, gaps: list[int], values: list[float]) -> None:
     steps = [1 + sum(gaps[:n]) for n in range(5)]
     target, *stored = [Point(step, None) for step in reversed(steps)]

@@ -137,6 +137,8 @@ def test_registry() -> None:
         ((0.25, 0.75), 20, range(6, 16)),
         ((0.3, 0.7), 10, range(4, 8)),
         ((0.1, 0.3), 30, range(4, 10)),
+        ((0.07, 1.0), 100, range(8, 101)),
+        ((0.0, 0.29), 100, range(1, 30)),
         ((0.0, 0.5), 7, range(1, 4)),
         ((0.5, 1.0), 7, range(5, 8)),
         ((0.5, 0.5), 7, range(0)),
@@ -145,7 +147,7 @@ def test_registry() -> None:
     ],
 )
 def test_part_of_run(part: tuple[float, float], steps: int, inside: range) -> None:
-    strategy = built(schedule="0" * 40, start_percent=part[0], end_percent=part[1])
+    strategy = built(schedule="0" * 100, start_percent=part[0], end_percent=part[1])
     view = replace(VIEW, num_steps=steps)
     assert skipped(strategy, steps, view) == list(inside)
     outside = [decision for step, decision in run(strategy, steps, view).items() if step not in inside]

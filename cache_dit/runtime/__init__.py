@@ -1,0 +1,1 @@
+"""What happens at every call: the clock, the decision, the buffers, the statistics. The only mutable state lies here."""

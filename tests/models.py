@@ -1,0 +1,441 @@
+"""Tiny diffusion transformers in plain PyTorch, and how the tests get at their graphs.
+
+Each variant is one shape that the passes meet in real models. All take ``(x, t)`` unless they say otherwise: ``x`` is
+[batch, tokens, CHANNELS], ``t`` is [batch].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from cache_dit import passes
+from cache_dit.passes.residual_math import statistics_length
+from cache_dit.torch_internals import copy_dynamo_graph
+
+BATCH, TOKENS, CHANNELS, WIDTH = 2, 6, 4, 8
+
+
+class TimeEmbedding(nn.Module):
+    """Sines and cosines of the timestep through an MLP: [batch] to [batch, WIDTH]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequencies = torch.exp(-torch.arange(WIDTH // 2, device=t.device, dtype=t.dtype))
+        angles = t[:, None] * frequencies
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+
+class Block(nn.Module):
+    """A residual block with modulation: x + gate * mlp(norm(x) * (1 + scale) + shift)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+
+    def update(self, x: Tensor, temb: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(temb)[:, None].chunk(3, dim=-1)
+        return gate * torch.tanh(self.mlp(self.norm(x) * (1 + scale) + shift))
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return x + self.update(x, temb)
+
+
+class InPlaceBlock(Block):
+    """Writes over its input."""
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        x += self.update(x, temb)
+        return x
+
+
+class DropoutBlock(Block):
+    """Draws random numbers in train mode."""
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return x + functional.dropout(self.update(x, temb), 0.1, self.training)
+
+
+class SkipBlock(Block):
+    """Takes the output of an earlier block too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merge = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, temb: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = self.merge(torch.cat([x, skip], dim=-1))
+        return super().forward(x, temb)
+
+
+class JointBlock(nn.Module):
+    """Two streams, each of which reads the mean of the other; returns (x, context)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = Block(), Block()
+
+    def forward(self, x: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        toward_image, toward_text = context.mean(1), x.mean(1)
+        return self.image(x, temb + toward_image), self.text(context, temb + toward_text)
+
+
+class TupleBlock(nn.Module):
+    """A hidden state that is a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = Block(), Block()
+
+    def forward(self, state: tuple[Tensor, Tensor], temb: Tensor) -> tuple[Tensor, Tensor]:
+        x, context = state
+        return self.image(x, temb + context.mean(1)), self.text(context, temb)
+
+
+class TinyDiT(nn.Module):
+    """Embedding, blocks, head. The variants override how the blocks are run."""
+
+    def __init__(self, depth: int = 4, block: Callable[[], nn.Module] = Block) -> None:
+        super().__init__()
+        self.embed = nn.Linear(CHANNELS, WIDTH)
+        self.time = TimeEmbedding()
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.head = nn.Linear(WIDTH, CHANNELS)
+
+    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h, temb)
+        return h
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.head(self.run_blocks(self.embed(x), self.time(t)))
+
+
+class ReversedDiT(TinyDiT):
+    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+        for block in reversed(self.blocks):
+            h = block(h, temb)
+        return h
+
+
+class TwiceDiT(TinyDiT):
+    """The same list runs a second time behind some glue."""
+
+    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+        return super().run_blocks(torch.tanh(super().run_blocks(h, temb)), temb)
+
+
+class AttributeDiT(TinyDiT):
+    """Blocks as attributes ``block0`` to ``block3``."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        self.block0, self.block1, self.block2, self.block3 = (Block() for _ in range(4))
+
+    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+        return self.block3(self.block2(self.block1(self.block0(h, temb), temb), temb), temb)
+
+
+class InPlaceDiT(TinyDiT):
+    """``x += ...`` in every block. ``keeps``: the first hidden state is read again behind the blocks."""
+
+    def __init__(self, depth: int = 4, keeps: bool = False) -> None:
+        super().__init__(depth, InPlaceBlock)
+        self.keeps = keeps
+
+    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+        out = super().run_blocks(h, temb)
+        return out + h if self.keeps else out
+
+
+class LongSkipDiT(TinyDiT):
+    """U-shaped: the second half of the blocks takes what the first half made, the last made first."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__(depth, SkipBlock)
+
+    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+        half = len(self.blocks) // 2
+        skips = []
+        for block in self.blocks[:half]:
+            h = block(h, temb)
+            skips.append(h)
+        for block in self.blocks[half:]:
+            h = block(h, temb, skips.pop())
+        return h
+
+
+class ControlledDiT(TinyDiT):
+    """Something that belongs to no block is added between them."""
+
+    def forward(self, x: Tensor, t: Tensor, control: Tensor) -> Tensor:
+        h, temb = self.embed(x), self.time(t)
+        for block in self.blocks:
+            h = block(h, temb) + 0.1 * control
+        return self.head(h)
+
+
+class JointDiT(nn.Module):
+    """Two-stream blocks, then single-stream blocks over both sequences; takes ``(x, t, context)``.
+
+    With ``single=0`` both streams leave the blocks: two live-outs.
+    """
+
+    def __init__(self, double: int = 3, single: int = 3, block: Callable[[], nn.Module] = JointBlock) -> None:
+        super().__init__()
+        self.embed, self.embed_context = nn.Linear(CHANNELS, WIDTH), nn.Linear(CHANNELS, WIDTH)
+        self.time = TimeEmbedding()
+        self.double_blocks = nn.ModuleList(block() for _ in range(double))
+        self.single_blocks = nn.ModuleList(Block() for _ in range(single))
+        self.head = nn.Linear(WIDTH, CHANNELS)
+
+    def run_double(self, h: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.double_blocks:
+            h, context = block(h, context, temb)
+        return h, context
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        temb = self.time(t)
+        h, context = self.run_double(self.embed(x), self.embed_context(context), temb)
+        if len(self.single_blocks) == 0:
+            return self.head(h) + self.head(context).mean(1, keepdim=True)
+        length = context.shape[1]
+        h = torch.cat([context, h], dim=1)
+        for block in self.single_blocks:
+            h = block(h, temb)
+        return self.head(h[:, length:])
+
+
+class TupleDiT(JointDiT):
+    """The two streams travel as one tuple."""
+
+    def __init__(self, double: int = 4) -> None:
+        super().__init__(double, 0, TupleBlock)
+
+    def run_double(self, h: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+        state = (h, context)
+        for block in self.double_blocks:
+            state = block(state, temb)
+        return state
+
+
+class Refined(nn.Module):
+    """A refiner of its own list comes before the main one, without feeding its blocks; takes ``(x, t, context)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.embed_context = nn.Linear(CHANNELS, WIDTH), nn.Linear(CHANNELS, WIDTH)
+        self.time = TimeEmbedding()
+        self.refiner = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.head = nn.Linear(WIDTH, CHANNELS)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        h, context, temb = self.embed(x), self.embed_context(context), self.time(t)
+        for block in self.refiner:
+            context = block(context, temb)
+        temb = temb + context.mean(1)
+        for block in self.blocks:
+            h = block(h, temb)
+        return self.head(h)
+
+
+class Plain(nn.Module):
+    """Nothing is repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(CHANNELS, WIDTH), nn.Linear(WIDTH, CHANNELS)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(x)) * t[:, None, None])
+
+
+def seeded(model: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a model with weights that are the same in every process, in evaluation mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model().to(dtype).eval()
+
+
+def example(
+    dtype: torch.dtype = torch.float32, *, context: bool = False, batch: int = BATCH, tokens: int = TOKENS, seed: int = 1
+) -> tuple[Tensor, ...]:
+    """Inputs ``(x, t)``, with ``context`` (x, t, context): three tokens of text."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+    x, t = normal(batch, tokens, CHANNELS), torch.full((batch,), 0.7, dtype=dtype)
+    return (x, t, normal(batch, 3, CHANNELS)) if context else (x, t)
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A traced graph and the flat inputs it was traced with."""
+
+    gm: fx.GraphModule
+    inputs: tuple[Any, ...]
+
+    def copy(self) -> fx.GraphModule:
+        """A copy to rewrite."""
+        return copy_dynamo_graph(self.gm)
+
+
+def traced(model: nn.Module, *args: Any, dynamic: bool | None = None, **kwargs: Any) -> Captured:
+    """Trace one call of a model with Dynamo, without gradients, as one graph."""
+    found: list[Captured] = []
+
+    def keep(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        copy = copy_dynamo_graph(gm)
+
+        def run(*flat: Any) -> Any:
+            found.append(Captured(copy, flat))
+            return gm.forward(*flat)
+
+        return run
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+    torch._dynamo.reset()
+    return found[0]
+
+
+def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
+    """The graph that a backend gets for one call of a model without gradients; a copy, free to be rewritten."""
+    return traced(model, *args, **kwargs).gm
+
+
+def run(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Check a rewritten graph and run it without gradients."""
+    gm.graph.lint()
+    gm.recompile()
+    with torch.no_grad():
+        outputs: tuple[Tensor, ...] = gm(*inputs)
+    return outputs
+
+
+def find_region(gm: fx.GraphModule, **wanted: Any) -> passes.Region:
+    """The region of a graph in which there is one."""
+    region = passes.choose_region(gm, passes.find_blocks(gm), **wanted)
+    assert isinstance(region, passes.Region), region
+    return region
+
+
+def rewrite(
+    gm: fx.GraphModule, options: passes.BranchOptions | None = None, **wanted: Any
+) -> tuple[passes.Region, passes.CacheInputs]:
+    """All passes up to the cond form, in place."""
+    region = find_region(gm, **wanted)
+    passes.outline_region(gm, region)
+    return region, passes.insert_cache_branch(gm, region, options or passes.BranchOptions())
+
+
+class CacheState:
+    """What the runtime holds for one region, made by hand. ``residuals[j][k]``: the k-th newest of live-out j."""
+
+    def __init__(self, inputs: passes.CacheInputs, sizes: Sequence[Sequence[int]] | None = None) -> None:
+        self.inputs = inputs
+        shapes = sizes if sizes is not None else [buffer.sizes for buffer in inputs.residuals]
+        self.residuals = [
+            [torch.zeros(tuple(shape), dtype=buffer.dtype) for _ in range(inputs.history)]
+            for shape, buffer in zip(shapes, inputs.residuals, strict=True)
+        ]
+        self.measured = torch.zeros(len(shapes) * statistics_length(inputs.history), dtype=inputs.accumulate)
+        front = inputs.front
+        self.front = None if front is None else torch.zeros(tuple(front.sizes), dtype=front.dtype)
+
+    def operands(
+        self, *, compute: bool, weights: Sequence[float] = (1.0,), noise: float = 0.0, key: int = 0
+    ) -> list[Tensor]:
+        """The cache inputs of one call, in the order the graph takes them."""
+        padded = (*weights, *([0.0] * (self.inputs.history - len(weights))), noise)
+        front = [] if self.front is None else [self.front]
+        return [
+            torch.tensor(compute),
+            torch.tensor(padded, dtype=self.inputs.accumulate),
+            torch.tensor(key),
+            self.measured,
+            *front,
+            *chain.from_iterable(self.residuals),
+        ]
+
+    def computed(self, measured: Tensor) -> None:
+        """Note that a program has overwritten the oldest residuals."""
+        self.measured = measured
+        for history in self.residuals:
+            history.insert(0, history.pop())
+
+    def fill(self, seed: int = 2) -> None:
+        """Put numbers into the buffers, as if steps had been computed."""
+        generator = torch.Generator().manual_seed(seed)
+        for buffer in chain(chain.from_iterable(self.residuals), [self.measured]):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5)
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of everything that a program may write to."""
+        front = [] if self.front is None else [self.front]
+        return [tensor.clone() for tensor in (*front, *chain.from_iterable(self.residuals))]
+
+
+def compact(gm: fx.GraphModule) -> str:
+    """A graph in few lines: nodes are numbered, weights are ``w``, nested graphs follow behind. Unused inputs are listed."""
+    lines = _compact_graph(gm.graph, gm)
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule) and any(node.target == name for node in gm.graph.nodes):
+            lines += ["", f"{name}:", *_compact_graph(child.graph, child)]
+    return "\n".join(lines)
+
+
+def _compact_graph(graph: fx.Graph, gm: fx.GraphModule) -> list[str]:
+    names: dict[fx.Node, str] = {}
+    lines, inputs = [], []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            weight = "_parameters_" in node.name
+            names[node] = "w" if weight else _plain_name(node.name)
+            if not weight:
+                inputs.append(names[node])
+        elif node.op == "get_attr":
+            names[node] = str(node.target)
+        elif node.op == "output":
+            lines.append(f"return {_compact_value(node.args[0], names)}")
+        else:
+            names[node] = f"%{sum(name.startswith('%') for name in names.values())}"
+            target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            dot = "." if node.op == "call_method" else ""
+            arguments = [_compact_value(argument, names) for argument in node.args]
+            arguments += [f"{key}={_compact_value(value, names)}" for key, value in node.kwargs.items()]
+            lines.append(f"{names[node]} = {dot}{target}({', '.join(arguments)})")
+    return [f"({', '.join(inputs)})", *lines]
+
+
+def _plain_name(name: str) -> str:
+    """``l_x_`` is how Dynamo names the argument x."""
+    return name[2:-1] if name.startswith("l_") and name.endswith("_") else name
+
+
+def _compact_value(value: object, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (tuple, list)):
+        items = [_compact_value(item, names) for item in value]
+        shown = [item for i, item in enumerate(items) if item != "w" or i == 0 or items[i - 1] != "w"]
+        return f"({', '.join('w…' if item == 'w' and 'w' in items[1:] else item for item in shown)})"
+    if isinstance(value, slice):
+        return ":".join("" if part is None else _compact_value(part, names) for part in (value.start, value.stop))
+    return str(value)
