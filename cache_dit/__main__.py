@@ -49,16 +49,14 @@ def _run(command: Callable[[argparse.Namespace], None], options: argparse.Namesp
 
     try:
         command(options)
-    except MissingPackageError as error:
-        return _refuse(error, 1)
-    except (SubjectError, CacheDitError, ValueError, TypeError) as error:
-        return _refuse(error, 2)
+    except Exception as error:
+        if options.traceback:
+            raise
+        known = isinstance(error, (SubjectError, CacheDitError, ValueError, TypeError))
+        told = str(error) if known else text("cli_failed", options.language, model=options.model, error=_told(error))
+        print(told, file=sys.stderr)
+        return 1 if isinstance(error, MissingPackageError) else 2
     return 0
-
-
-def _refuse(error: Exception, code: int) -> int:
-    print(error, file=sys.stderr)
-    return code
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -99,6 +97,7 @@ def _add_subject(parser: argparse.ArgumentParser, language: str | None) -> None:
     for name in ("--front-blocks", "--back-blocks"):
         parser.add_argument(name, type=int, metavar="N", help=text("cli_help_option", language))
     parser.add_argument("--region", metavar="PATH[,PATH]", help=text("cli_help_region", language))
+    parser.add_argument("--traceback", action="store_true", help=text("cli_help_traceback", language))
 
 
 def _add_inspect(parser: argparse.ArgumentParser, language: str | None) -> None:
@@ -254,8 +253,8 @@ def compare(options: argparse.Namespace) -> None:
         measured = measure(pair, range(options.repeats), options.steps, advance)
     print(result_table(measured, subject.value_range, language))
     print(text(subject.compared, language))
-    if subject.draw(measured, options.out):
-        print(text("cli_picture", language, path=options.out))
+    drawn = subject.draw(measured, options.out)
+    print(text("cli_picture" if drawn else "cli_no_picture", language, path=options.out))
 
 
 def contenders(subject: Subject, inner: str, options: Mapping[str, Any], language: str | None) -> list[Contender]:

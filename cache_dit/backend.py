@@ -27,7 +27,9 @@ from .torch_internals import (
     copy_dynamo_graph,
     frame_id,
     inner_compiler,
+    is_tracer_signal,
     recompile_reason,
+    record_rewrite,
 )
 
 warn_of_other_project()
@@ -141,9 +143,9 @@ def compile_graph(
     gm: fx.GraphModule, examples: Sequence[Any], program: ProgramOptions, mode: str | None, calls: _Calls
 ) -> Callable[..., Any]:
     """Run the passes over a copy of the graph and compile what comes out with the inner compiler."""
-    compile_inner = inner_compiler(program.inner, mode, dict(program.inner_options))
-    report = GraphReport.of(gm, break_reason(gm), recompile_reason())
     language = calls.options.language if calls.options is not None else _language_of_session()
+    compile_inner = _InnerCompiler(program, mode, language)
+    report = GraphReport.of(gm, break_reason(gm), recompile_reason())
     _announce_start(report, language)
     start = perf_counter()
     rewritten = _rewrite(gm, program)
@@ -168,6 +170,29 @@ def compile_graph(
     return runnable
 
 
+class _InnerCompiler:
+    """The inner compiler of one graph; where it fails, the graph runs as traced, said once. ``strict`` raises instead."""
+
+    def __init__(self, program: ProgramOptions, mode: str | None, language: str | None) -> None:
+        self._program, self._language = program, language
+        self._compile = inner_compiler(program.inner, mode, dict(program.inner_options))
+
+    def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        spare = copy_dynamo_graph(gm)
+        try:
+            compiled: Callable[..., Any] = self._compile(gm, examples)
+        except Exception as error:
+            if is_tracer_signal(error):
+                raise
+            if self._program.strict:
+                raise CacheDitError(text("inner_failed", self._language, inner=self._program.inner, why=error)) from error
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            warn("inner_failed", self._language, inner=self._program.inner, why=reason)
+            self._compile = inner_compiler("eager", None, {})
+            compiled = self._compile(spare, examples)
+        return compiled
+
+
 def _rewrite(
     gm: fx.GraphModule, program: ProgramOptions
 ) -> tuple[fx.GraphModule, passes.Region, passes.CacheInputs] | passes.Refusal:
@@ -181,11 +206,12 @@ def _rewrite(
     )
     if isinstance(region, passes.Refusal):
         return region
-    passes.outline_region(graph, region)
+    record_rewrite("outline_region", passes.outline_region(graph, region), graph)
     branch = passes.BranchOptions(
         program.history, program.noise, program.front_clock, program.residual_dtype, program.residual_device
     )
     inputs = passes.insert_cache_branch(graph, region, branch)
+    record_rewrite("insert_cache_branch", 1, graph)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if not sizes_are_known(inputs, placeholders):
         return passes.Refusal("sizes_unknown")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import shutil
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CacheDitError
+from .messages import logger
 from .statistics import CacheStats
 from .texts import text
 
@@ -39,7 +41,8 @@ WARM_UP_STEPS = 6
 COMPUTED_COLOUR, SKIPPED_COLOUR, MUTED_COLOUR = "#2b5c8a", "#f0b860", "#5f6872"
 
 OnStep = Callable[[], object]
-Advance = Callable[[str], object]
+Advance = Callable[[str, int], object]
+"""(what is running, steps done since the last call) -> anything."""
 
 
 class MissingPackageError(CacheDitError):
@@ -166,12 +169,12 @@ class StepWatch:
 
 
 def measure(
-    contenders: Sequence[Contender], seeds: Sequence[int], steps: int, advance: Advance = lambda name: None
+    contenders: Sequence[Contender], seeds: Sequence[int], steps: int, advance: Advance = lambda name, done: None
 ) -> list[Measured]:
     """Run every contender from every seed, in turns: A B C A B C.
 
     Each first runs twice for a few steps, so that no timed run compiles. ``advance`` is called with the contender's
-    name after each step of any run.
+    name at the start of each run and after each of its steps.
     """
     compile_seconds = [_prepare(contender, seeds[0], min(steps, WARM_UP_STEPS), advance) for contender in contenders]
     runs: list[list[Run]] = [[] for _ in contenders]
@@ -185,7 +188,7 @@ def measure(
 
 
 def steps_to_take(contenders: int, runs: int, steps: int) -> int:
-    """How often `measure` calls ``advance``."""
+    """Steps that `measure` takes in all."""
     return contenders * (runs * steps + 2 * min(steps, WARM_UP_STEPS))
 
 
@@ -196,7 +199,8 @@ def _prepare(contender: Contender, seed: int, steps: int, advance: Advance) -> f
 
 def _timed(contender: Contender, seed: int, steps: int, advance: Advance) -> Run:
     before = contender.stats() if contender.stats is not None else None
-    watch = StepWatch(contender.stats if before is not None else None, lambda: advance(contender.name))
+    watch = StepWatch(contender.stats, lambda: advance(contender.name, 1))
+    advance(contender.name, 0)
     start = perf_counter()
     outputs = contender.run(seed, steps, watch).cpu()
     seconds = perf_counter() - start
@@ -233,6 +237,9 @@ def compiled_copy(module: nn.Module, backend: str | Callable[..., Any]) -> nn.Mo
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+_COLUMNS = ("name", "compile", "seconds", "speedup", "hits", "psnr")
+
+
 def result_table(
     measured: Sequence[Measured],
     value_range: float | None,
@@ -240,8 +247,7 @@ def result_table(
     more: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """The table of all contenders, the first of them the reference; ``more`` adds columns (heading -> cells)."""
-    columns = ("cli_column_name", "cli_column_compile", "cli_column_seconds", "cli_column_speedup")
-    heading = [text(key, language) for key in (*columns, "cli_column_hits", "cli_column_psnr")]
+    heading = [text(f"cli_column_{name}", language) for name in _COLUMNS]
     more = more or {}
     rows = [
         [*_row(each, measured[0], value_range, language), *(cells[index] for cells in more.values())]
@@ -263,8 +269,7 @@ def _row(measured: Measured, reference: Measured, value_range: float | None, lan
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as aligned lines with a rule under the first; the first column to the left, the others right."""
     widths = [max(display_width(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = ["  ".join(_padded(cell, width, place) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
+    lines = ["  ".join(_padded(cell, widths[place], place) for place, cell in enumerate(row)) for row in rows]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
@@ -280,30 +285,45 @@ def display_width(line: str) -> int:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Advance]:
-    """A bar of ``total`` steps on stderr, of tqdm where it is installed, else a line each time the name changes."""
-    if is_installed("tqdm"):
-        from tqdm import tqdm
+    """A bar of ``total`` steps on stderr, of tqdm where it is installed, else a line each time another kind runs.
 
-        with tqdm(total=total, unit="step", file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
+    Our own announcements are held back meanwhile, unless the user has set a level for them.
+    """
+    level = logger.level
+    if level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield from _bar(total)
+    finally:
+        logger.setLevel(level)
 
-            def advance(name: str) -> None:
-                bar.set_description(name, refresh=False)
-                bar.update()
 
-            yield advance
-    else:
+def _bar(total: int) -> Iterator[Advance]:
+    if not is_installed("tqdm"):
         yield _Lines(total)
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="step", file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
+
+        def advance(name: str, done: int) -> None:
+            bar.set_description(name, refresh=done == 0)
+            bar.update(done)
+
+        yield advance
 
 
 class _Lines:
+    """Progress in lines, for terminals without a bar."""
+
     def __init__(self, total: int) -> None:
         self._total, self._done, self._name = total, 0, ""
 
-    def __call__(self, name: str) -> None:
+    def __call__(self, name: str, done: int) -> None:
         if name != self._name:
             print(f"{self._done}/{self._total} {name}", file=sys.stderr, flush=True)
             self._name = name
-        self._done += 1
+        self._done += done
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -338,7 +358,8 @@ def draw_comparison(path: Path, panels: Sequence[Panel], strips: Sequence[Strip]
     strip_inches = 0.32 * len(strips) + 1.0 if strips else 0.0
     figure = figure_class(figsize=(12.4, panel_inches + strip_inches + 0.5), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.02, hspace=0.03)
-    grid = figure.add_gridspec(2 if strips else 1, len(panels), height_ratios=[panel_inches, strip_inches][: 1 + bool(strips)])
+    heights = [panel_inches, strip_inches] if strips else [panel_inches]
+    grid = figure.add_gridspec(len(heights), len(panels), height_ratios=heights)
     for place, (panel, tiles) in enumerate(zip(panels, mosaics, strict=True)):
         _draw_panel(figure.add_subplot(grid[0, place]), panel.title, tiles)
     if strips:
@@ -384,7 +405,8 @@ def _draw_strips(axes: Axes, strips: Sequence[Strip]) -> None:
     axes.set_xlabel("step", fontsize=9, color=MUTED_COLOUR)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    legend = [Patch(color=COMPUTED_COLOUR, label="blocks computed"), Patch(color=SKIPPED_COLOUR, label="blocks skipped")]
+    meanings = {COMPUTED_COLOUR: "blocks computed", SKIPPED_COLOUR: "blocks skipped"}
+    legend = [Patch(color=colour, label=label) for colour, label in meanings.items()]
     axes.legend(
         handles=legend, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9,
         handlelength=0.9, handleheight=0.9, borderaxespad=0.1,

@@ -154,6 +154,12 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "correction=True 尚不可用: 已跳过的步骤不会被修正",
         "correction=True is not available yet: skipped steps are not corrected",
     ),
+    "inner_failed": (
+        "内部编译器 {inner} 失败（{why}）；图将以 eager 方式运行，缓存照常工作\n"
+        "解决方案: 安装 C++ 编译器或 Triton，或使用 inner='eager'",
+        "The inner compiler {inner} failed ({why}); the graph runs in eager mode, still cached\n"
+        "Remedy: install a C++ compiler or Triton, or use inner='eager'",
+    ),
     "target_speedup_unreachable": (
         "max_consecutive_hits 太小，达不到 target_speedup\n解决方案: 调大 max_consecutive_hits 或降低 target_speedup",
         "max_consecutive_hits is too low for target_speedup to be reached\n"
@@ -299,6 +305,148 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "foreign_elsewhere": (
         "与缓存无关，请在 enable_cache 之前自行设置",
         "it is no matter of caching; set it up before enable_cache",
+    ),
+    # The command `python -m cache_dit` and the demo.
+    "cli_about": (
+        "cache_dit: 扩散 transformer 的编译期缓存加速",
+        "cache_dit: caching for diffusion transformers as a compiler pass",
+    ),
+    "cli_about_info": ("版本，以及本机可用的功能", "versions, and what is usable on this machine"),
+    "cli_about_inspect": ("显示编译器在模型中找到的内容", "show what the compiler finds in a model"),
+    "cli_about_compare": (
+        "比较有无缓存的速度和结果，并保存图片",
+        "compare speed and results with and without caching, and write the pictures",
+    ),
+    "cli_help_language": ("文字的语言", "language of the texts"),
+    "cli_help_model": (
+        "package.module:function（返回 (model, inputs)，inputs 是关键字参数字典，或 步 -> 字典 的函数）、"
+        "diffusers 管线或模型的文件夹，或 demo",
+        "package.module:function (returns (model, inputs); inputs: a dictionary of keyword arguments, or a function "
+        "step -> dictionary), the folder of a diffusers pipeline or model, or demo",
+    ),
+    "cli_help_prompt": ("管线的提示词", "prompt for a pipeline"),
+    "cli_help_size": ("管线图片的尺寸（像素）", "size of a pipeline's pictures, in pixels"),
+    "cli_help_region": ("缓存部分的模块路径", "module path, or two, of the part to cache"),
+    "cli_help_inner": ("内部编译器（默认 {default}）", "inner compiler (default {default})"),
+    "cli_help_steps": ("每次采样的步数（默认 28）", "steps of a run (default 28)"),
+    "cli_help_repeats": ("每种方式计时的次数（默认 3）", "timed runs of each kind (default 3)"),
+    "cli_help_option": ("同 enable_cache 的选项", "as the option of enable_cache"),
+    "cli_help_out": ("图片保存位置（默认 out/compare.png）", "where to write the pictures (default out/compare.png)"),
+    "cli_help_traceback": ("出错时显示 Python 调用栈", "show Python's traceback of an error"),
+    "cli_info_cache_dit": ("cache_dit", "cache_dit"),
+    "cli_info_python": ("Python", "Python"),
+    "cli_info_torch": ("torch", "torch"),
+    "cli_info_numpy": ("numpy", "numpy"),
+    "cli_info_diffusers": ("diffusers", "diffusers"),
+    "cli_info_compiler": ("C++ 编译器", "C++ compiler"),
+    "cli_info_cuda": ("CUDA 设备", "CUDA devices"),
+    "cli_info_triton": ("Triton", "Triton"),
+    "cli_info_inner": ("可用的内部编译器（inner）", "usable inner compilers (inner)"),
+    "cli_info_entry_point": ('torch.compile(backend="cache_dit")', 'torch.compile(backend="cache_dit")'),
+    "cli_info_other": ("另一个项目 cache-dit", "the other project, cache-dit"),
+    "cli_not_installed": ("未安装", "not installed"),
+    "cli_none": ("无", "none"),
+    "cli_no_compiler": (
+        "未找到；在 CPU 上请使用 inner='eager'，或安装 g++（macOS: clang++，Windows: MSVC 的 cl）",
+        "not found; on a CPU use inner='eager', or install g++ (macOS: clang++, Windows: cl of MSVC)",
+    ),
+    "cli_without_inductor": (
+        "{usable}（inductor 在 CPU 上需要 C++ 编译器，在 GPU 上需要 Triton）",
+        "{usable} (inductor needs a C++ compiler on a CPU, Triton on a GPU)",
+    ),
+    "cli_registered": ("已注册", "registered"),
+    "cli_not_registered": (
+        "未注册；请安装本包（pip install cache-dit-fx），或先 import cache_dit",
+        "not registered; install the package (pip install cache-dit-fx), or import cache_dit first",
+    ),
+    "cli_no_other": ("未安装，没有冲突", "not installed, no conflict"),
+    "cli_other_found": (
+        "已安装 {version}，它的导入名也是 cache_dit，二者会互相遮盖；解决方案: pip uninstall cache-dit，"
+        "然后 pip install --force-reinstall --no-deps cache-dit-fx",
+        "{version} is installed under the same import name cache_dit, and one hides the other; remedy: "
+        "pip uninstall cache-dit, then pip install --force-reinstall --no-deps cache-dit-fx",
+    ),
+    "cli_missing_package": (
+        "缺少软件包 {package}\n解决方案: pip install cache-dit-fx[demo]",
+        "the package {package} is not installed\nRemedy: pip install cache-dit-fx[demo]",
+    ),
+    "cli_model_unknown": (
+        "无法识别 MODEL '{model}'；允许: package.module:function、diffusers 管线或模型的文件夹（须存在）、demo",
+        "MODEL '{model}' names nothing here; allowed: package.module:function, an existing folder of a diffusers pipeline or "
+        "model, demo",
+    ),
+    "cli_no_demo": (
+        "{folder} 中没有演示程序；demo 只能在源码目录中使用",
+        "no demo in {folder}; the name demo works in a checkout of the sources",
+    ),
+    "cli_no_model_in_folder": (
+        "文件夹 {folder} 中既没有 model_index.json（管线）也没有 config.json（模型）",
+        "the folder {folder} holds neither model_index.json (a pipeline) nor config.json (a model)",
+    ),
+    "cli_not_loaded": ("无法载入 MODEL '{model}': {error}", "MODEL '{model}' could not be loaded: {error}"),
+    "cli_failed": ("MODEL '{model}' 运行失败: {error}", "MODEL '{model}' failed when it ran: {error}"),
+    "cli_wrong_return": (
+        "'{model}' 应返回 (model, inputs): 一个模型，以及关键字参数字典或 步 -> 字典 的函数；实际返回: {kinds}",
+        "'{model}' has to return (model, inputs): a model, and a dictionary of keyword arguments or a function step -> "
+        "dictionary; it returned: {kinds}",
+    ),
+    "cli_pipeline_needs": (
+        "该管线还需要参数 {names}；请改用 package.module:function",
+        "this pipeline also needs the arguments {names}; write a package.module:function instead",
+    ),
+    "cli_no_inputs": (
+        "无法为 {model} 推测输入（{error}）；请改用返回 (model, inputs) 的 package.module:function",
+        "no inputs could be guessed for {model} ({error}); write a package.module:function that returns (model, inputs)",
+    ),
+    "cli_uses_eager": (
+        "未找到编译工具链（CPU: C++ 编译器，GPU: Triton），因此使用 inner='eager'；装好后速度会更快",
+        "No toolchain was found (CPU: a C++ compiler, GPU: Triton), so inner='eager' is used; with one it runs faster",
+    ),
+    "cli_compares": (
+        "每种方式从相同的种子交替运行 {repeats} 次，每次 {steps} 步，inner='{inner}'；计时前各运行两次，不计入时间",
+        "Each kind runs {repeats} times from the same seeds, in turns, {steps} steps a run, inner='{inner}'; two runs of each "
+        "before that are not timed",
+    ),
+    "cli_column_name": ("方式", "kind"),
+    "cli_column_compile": ("编译（秒）", "compile (s)"),
+    "cli_column_seconds": ("每次运行（秒）", "a run (s)"),
+    "cli_column_speedup": ("实测加速", "speed-up"),
+    "cli_column_hits": ("命中率", "hit rate"),
+    "cli_column_psnr": ("PSNR", "PSNR"),
+    "cli_column_accuracy": ("分类正确率", "class accuracy"),
+    "cli_identical": ("完全相同", "identical"),
+    "cli_compared_module": (
+        "比较的内容: 若某个输入与输出形状相同，则它在每次调用后减去 输出/步数（简单的 Euler 循环），比较其最终值；"
+        "否则比较每次调用的输出。PSNR 的量程是无缓存结果的取值范围",
+        "Compared: where an input has the output's shape, it moves by -output/steps after each call (a toy Euler loop), and "
+        "its last value is compared; else the outputs of all calls. The PSNR's range is that of the uncached values",
+    ),
+    "cli_compared_pipeline": (
+        "比较的内容: 管线输出的图片（量程 1）；时间是整个管线调用，含文本编码和解码",
+        "Compared: the pipeline's pictures (range 1); the time is that of a whole call, text encoding and decoding included",
+    ),
+    "cli_compared_demo": (
+        "比较的内容: 40 个手写数字的图片（量程 2）",
+        "Compared: the pictures of 40 handwritten digits (range 2)",
+    ),
+    "cli_picture": ("图片: {path}", "Pictures: {path}"),
+    "cli_no_picture": ("输出不是图片，因此没有保存图片", "The outputs are no pictures, so none was written"),
+    "cli_demo_does": (
+        "从相同的噪声出发，用 {steps} 步画 {samples} 个手写数字: 先用普通的 torch.compile，再用三种缓存设置，"
+        "交替运行各 {repeats} 次（inner='{inner}'，{threads} 线程）",
+        "Draws {samples} handwritten digits in {steps} steps from the same noise: with plain torch.compile and with three "
+        "settings of the cache, {repeats} runs of each in turns (inner='{inner}', {threads} threads)",
+    ),
+    "cli_demo_explains": (
+        "时间和加速比取各次运行的中位数，不含编译；PSNR 以不缓存的结果为准（量程 2，对样本取平均）；正确率由分类器判断。\n"
+        "两种 adaptive 设置共用同一个编译结果，因此后者几乎不用编译。",
+        "Times and speed-ups are medians over the runs, without compiling; the PSNR is against the uncached samples (range 2, "
+        "mean over samples); a classifier judged the accuracy.\n"
+        "The two adaptive settings share one compiled program, so the second hardly compiles.",
+    ),
+    "cli_demo_picture": (
+        "图片: {path}（左: torch.compile；右: {name}；下: 各设置计算与跳过的步）。共用时 {seconds:.0f} 秒",
+        "Picture: {path} (left: torch.compile; right: {name}; below: the steps computed and skipped). {seconds:.0f} s in all",
     ),
 }
 

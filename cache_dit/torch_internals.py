@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -75,7 +76,23 @@ def recompile_reason() -> str | None:
         reason = get_metrics_context()._metrics.get("recompile_reason")
     except (ImportError, AttributeError):
         return None
-    return str(reason) if reason else None
+    # the same model class under other options is a first compilation to the user
+    if not reason or "BACKEND_MATCH" in str(reason):
+        return None
+    return str(reason).split(": ", 1)[-1].splitlines()[0]
+
+
+def record_rewrite(name: str, count: int, graph: fx.GraphModule) -> None:
+    """Count a pass in Dynamo's counters under ``cache_dit``, and show its graph to ``tlparse``."""
+    from torch._dynamo.utils import counters
+    from torch._logging._internal import trace_structured
+
+    counters["cache_dit"][name] += count
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"cache_dit_{name}", "encoding": "string"},
+        payload_fn=lambda: graph.print_readable(print_output=False, include_stride=True, include_device=True),
+    )
 
 
 def symbol_of(size: object) -> Any:
@@ -137,6 +154,13 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     return lambda gm, examples: compiler(gm, examples, **({"options": options} if options else {}))
 
 
+def is_tracer_signal(error: Exception) -> bool:
+    """Whether an exception is Dynamo's own way of asking for something (to restart, to skip), and no failure."""
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+    return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
+
+
 def _inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     import torch._inductor
     from torch._inductor.compile_fx import compile_fx
@@ -169,6 +193,12 @@ def outside_inference_mode() -> Iterator[None]:
         yield
 
 
-def version_of(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Write counters of tensors; inference tensors have none and count as 0."""
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+_version = attrgetter("_version")
+
+
+def write_counters(tensors: Sequence[torch.Tensor]) -> list[int] | None:
+    """How often each tensor was written to; None where some are inference tensors, which do not count."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return None

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any
 
 import torch
+from cache_dit.passes.residual_math import statistics_length
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from cache_dit import passes
-from cache_dit.passes.residual_math import statistics_length
 from cache_dit.torch_internals import copy_dynamo_graph
 
 BATCH, TOKENS, CHANNELS, WIDTH = 2, 6, 4, 8
@@ -44,40 +45,78 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
         self.mlp = nn.Linear(WIDTH, WIDTH)
 
-    def update(self, x: Tensor, temb: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(temb)[:, None].chunk(3, dim=-1)
-        return gate * torch.tanh(self.mlp(self.norm(x) * (1 + scale) + shift))
-
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        return x + self.update(x, temb)
+        shift, scale, gate = self.modulation(temb)[:, None].chunk(3, dim=-1)
+        return x + gate * torch.tanh(self.mlp(self.norm(x) * (1 + scale) + shift))
 
 
-class InPlaceBlock(Block):
+class TinyDiT(nn.Module):
+    """A whole transformer in small: embedding, timestep embedding, modulated blocks, head."""
+
+    def __init__(self, depth: int = 4, block: Callable[[], nn.Module] = Block) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(CHANNELS, WIDTH), nn.Linear(WIDTH, CHANNELS)
+        self.time = TimeEmbedding()
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h, temb = self.embed(x), self.time(t)
+        for block in self.blocks:
+            h = block(h, temb)
+        return self.head(h)
+
+
+# The variants have the smallest blocks that the finder takes: what is traced in them is their shape.
+
+
+class SimpleBlock(nn.Module):
+    """x + tanh(mlp(x)) * t, with t as [batch, 1, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+
+    def update(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(self.mlp(x)) * t
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + self.update(x, t)
+
+
+class InPlaceBlock(SimpleBlock):
     """Writes over its input."""
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        x += self.update(x, temb)
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x += self.update(x, t)
         return x
 
 
-class DropoutBlock(Block):
+class DropoutBlock(SimpleBlock):
     """Draws random numbers in train mode."""
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        return x + functional.dropout(self.update(x, temb), 0.1, self.training)
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + functional.dropout(self.update(x, t), 0.1, self.training)
 
 
-class SkipBlock(Block):
+class BranchingBlock(SimpleBlock):
+    """Has a data-dependent branch of its own."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        update = self.update(x, t)
+        return x + torch.cond(update.sum() > 0, torch.sin, torch.cos, (update,))
+
+
+class SkipBlock(SimpleBlock):
     """Takes the output of an earlier block too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.merge = nn.Linear(2 * WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, temb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
             x = self.merge(torch.cat([x, skip], dim=-1))
-        return super().forward(x, temb)
+        return x + self.update(x, t)
 
 
 class JointBlock(nn.Module):
@@ -85,11 +124,11 @@ class JointBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.image, self.text = Block(), Block()
+        self.image, self.text = SimpleBlock(), SimpleBlock()
 
-    def forward(self, x: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
-        toward_image, toward_text = context.mean(1), x.mean(1)
-        return self.image(x, temb + toward_image), self.text(context, temb + toward_text)
+    def forward(self, x: Tensor, context: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        toward_image, toward_text = context.mean(1, keepdim=True), x.mean(1, keepdim=True)
+        return self.image(x, t * toward_image), self.text(context, t * toward_text)
 
 
 class TupleBlock(nn.Module):
@@ -97,94 +136,150 @@ class TupleBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.image, self.text = Block(), Block()
+        self.image, self.text = SimpleBlock(), SimpleBlock()
 
-    def forward(self, state: tuple[Tensor, Tensor], temb: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, state: tuple[Tensor, Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
         x, context = state
-        return self.image(x, temb + context.mean(1)), self.text(context, temb)
+        return self.image(x, t * context.mean(1, keepdim=True)), self.text(context, t)
 
 
-class TinyDiT(nn.Module):
-    """Embedding, blocks, head. The variants override how the blocks are run."""
+class Stack(nn.Module):
+    """Blocks between two linear layers: the model of the snapshots. Variants override how the blocks are run."""
 
-    def __init__(self, depth: int = 4, block: Callable[[], nn.Module] = Block) -> None:
+    def __init__(self, depth: int = 3, block: Callable[[], nn.Module] = SimpleBlock) -> None:
         super().__init__()
-        self.embed = nn.Linear(CHANNELS, WIDTH)
-        self.time = TimeEmbedding()
+        self.embed, self.head = nn.Linear(CHANNELS, WIDTH), nn.Linear(WIDTH, CHANNELS)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
-        self.head = nn.Linear(WIDTH, CHANNELS)
 
-    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
         for block in self.blocks:
-            h = block(h, temb)
+            h = block(h, t)
         return h
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.head(self.run_blocks(self.embed(x), self.time(t)))
+        return self.head(self.run_blocks(self.embed(x), t[:, None, None]))
 
 
-class ReversedDiT(TinyDiT):
-    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+class ReversedStack(Stack):
+    """The blocks run from the last to the first."""
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
         for block in reversed(self.blocks):
-            h = block(h, temb)
+            h = block(h, t)
         return h
 
 
-class TwiceDiT(TinyDiT):
+class TwiceStack(Stack):
     """The same list runs a second time behind some glue."""
 
-    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
-        return super().run_blocks(torch.tanh(super().run_blocks(h, temb)), temb)
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        return super().run_blocks(torch.tanh(super().run_blocks(h, t)), t)
 
 
-class AttributeDiT(TinyDiT):
-    """Blocks as attributes ``block0`` to ``block3``."""
+class AttributeStack(Stack):
+    """Blocks as attributes ``block0`` to ``block2``."""
 
     def __init__(self) -> None:
         super().__init__(depth=0)
-        self.block0, self.block1, self.block2, self.block3 = (Block() for _ in range(4))
+        self.block0, self.block1, self.block2 = (SimpleBlock() for _ in range(3))
 
-    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
-        return self.block3(self.block2(self.block1(self.block0(h, temb), temb), temb), temb)
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        return self.block2(self.block1(self.block0(h, t), t), t)
 
 
-class InPlaceDiT(TinyDiT):
+class InPlaceStack(Stack):
     """``x += ...`` in every block. ``keeps``: the first hidden state is read again behind the blocks."""
 
-    def __init__(self, depth: int = 4, keeps: bool = False) -> None:
-        super().__init__(depth, InPlaceBlock)
+    def __init__(self, keeps: bool = False) -> None:
+        super().__init__(3, InPlaceBlock)
         self.keeps = keeps
 
-    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
-        out = super().run_blocks(h, temb)
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        out = super().run_blocks(h, t)
         return out + h if self.keeps else out
 
 
-class LongSkipDiT(TinyDiT):
+class LongSkipStack(Stack):
     """U-shaped: the second half of the blocks takes what the first half made, the last made first."""
 
     def __init__(self, depth: int = 4) -> None:
         super().__init__(depth, SkipBlock)
 
-    def run_blocks(self, h: Tensor, temb: Tensor) -> Tensor:
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
         half = len(self.blocks) // 2
         skips = []
         for block in self.blocks[:half]:
-            h = block(h, temb)
+            h = block(h, t)
             skips.append(h)
         for block in self.blocks[half:]:
-            h = block(h, temb, skips.pop())
+            h = block(h, t, skips.pop())
         return h
 
 
-class ControlledDiT(TinyDiT):
-    """Something that belongs to no block is added between them."""
+class GluedStack(Stack):
+    """Something that belongs to no block is added behind each of them."""
 
-    def forward(self, x: Tensor, t: Tensor, control: Tensor) -> Tensor:
-        h, temb = self.embed(x), self.time(t)
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        control = torch.sin(h)
         for block in self.blocks:
-            h = block(h, temb) + 0.1 * control
-        return self.head(h)
+            h = block(h, t) + 0.1 * control
+        return h
+
+
+class StrayStack(Stack):
+    """A part of the first block is called again behind the last one."""
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        return self.blocks[0].mlp(super().run_blocks(h, t))
+
+
+class InterleavedStack(Stack):
+    """Two lists take turns: spatial, temporal, spatial, …"""
+
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        self.spatial = nn.ModuleList(SimpleBlock() for _ in range(3))
+        self.temporal = nn.ModuleList(SimpleBlock() for _ in range(3))
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
+            h = temporal(spatial(h, t).flip(1), t)
+        return h
+
+
+class Stage(Stack):
+    """A list of blocks that is itself an entry of a list."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.run_blocks(x, t)
+
+
+class StagedStack(Stack):
+    """Lists inside the entries of a list: ``stages`` times ``depth`` blocks."""
+
+    def __init__(self, stages: int, depth: int) -> None:
+        super().__init__(stages, lambda: Stage(depth))
+
+
+class SideStack(Stack):
+    """Between the blocks something light is made that the head needs too."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t[:, None, None]
+        first = self.blocks[0](self.embed(x), t)
+        h = self.blocks[1](first, t)
+        side = first * 2.0
+        return self.head(self.blocks[2](h, t)) * self.head(side)
+
+
+class TransposedStack(Stack):
+    """The hidden state is [batch, WIDTH, tokens] between the blocks, and reaches the head as a view."""
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        h = h.transpose(1, 2)
+        for block in self.blocks:
+            h = block(h.transpose(1, 2), t).transpose(1, 2)
+        return h.transpose(1, 2)
 
 
 class JointDiT(nn.Module):
@@ -193,63 +288,55 @@ class JointDiT(nn.Module):
     With ``single=0`` both streams leave the blocks: two live-outs.
     """
 
-    def __init__(self, double: int = 3, single: int = 3, block: Callable[[], nn.Module] = JointBlock) -> None:
+    def __init__(self, double: int = 3, single: int = 2, block: Callable[[], nn.Module] = JointBlock) -> None:
         super().__init__()
         self.embed, self.embed_context = nn.Linear(CHANNELS, WIDTH), nn.Linear(CHANNELS, WIDTH)
-        self.time = TimeEmbedding()
         self.double_blocks = nn.ModuleList(block() for _ in range(double))
-        self.single_blocks = nn.ModuleList(Block() for _ in range(single))
+        self.single_blocks = nn.ModuleList(SimpleBlock() for _ in range(single))
         self.head = nn.Linear(WIDTH, CHANNELS)
 
-    def run_double(self, h: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+    def run_double(self, h: Tensor, context: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         for block in self.double_blocks:
-            h, context = block(h, context, temb)
+            h, context = block(h, context, t)
         return h, context
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        temb = self.time(t)
-        h, context = self.run_double(self.embed(x), self.embed_context(context), temb)
+        t = t[:, None, None]
+        h, context = self.run_double(self.embed(x), self.embed_context(context), t)
         if len(self.single_blocks) == 0:
             return self.head(h) + self.head(context).mean(1, keepdim=True)
         length = context.shape[1]
         h = torch.cat([context, h], dim=1)
         for block in self.single_blocks:
-            h = block(h, temb)
+            h = block(h, t)
         return self.head(h[:, length:])
 
 
 class TupleDiT(JointDiT):
     """The two streams travel as one tuple."""
 
-    def __init__(self, double: int = 4) -> None:
+    def __init__(self, double: int = 3) -> None:
         super().__init__(double, 0, TupleBlock)
 
-    def run_double(self, h: Tensor, context: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+    def run_double(self, h: Tensor, context: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         state = (h, context)
         for block in self.double_blocks:
-            state = block(state, temb)
+            state = block(state, t)
         return state
 
 
-class Refined(nn.Module):
-    """A refiner of its own list comes before the main one, without feeding its blocks; takes ``(x, t, context)``."""
+class RefinedStack(Stack):
+    """A refiner of its own list comes before the main one, without feeding its stream; takes ``(x, t, context)``."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.embed_context = nn.Linear(CHANNELS, WIDTH), nn.Linear(CHANNELS, WIDTH)
-        self.time = TimeEmbedding()
-        self.refiner = nn.ModuleList(Block() for _ in range(2))
-        self.blocks = nn.ModuleList(Block() for _ in range(4))
-        self.head = nn.Linear(WIDTH, CHANNELS)
+        super().__init__(3)
+        self.refiner = nn.ModuleList(SimpleBlock() for _ in range(2))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        h, context, temb = self.embed(x), self.embed_context(context), self.time(t)
+        h, context, t = self.embed(x), self.embed(context), t[:, None, None]
         for block in self.refiner:
-            context = block(context, temb)
-        temb = temb + context.mean(1)
-        for block in self.blocks:
-            h = block(h, temb)
-        return self.head(h)
+            context = block(context, t)
+        return self.head(self.run_blocks(h, t + context.mean(1, keepdim=True)))
 
 
 class Plain(nn.Module):
@@ -261,6 +348,29 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.head(torch.tanh(self.embed(x)) * t[:, None, None])
+
+
+# name: how the model is built, and whether it takes a context
+VARIANTS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "tiny": (TinyDiT, False),
+    "stack": (Stack, False),
+    "reversed": (ReversedStack, False),
+    "twice": (TwiceStack, False),
+    "attributes": (AttributeStack, False),
+    "in_place": (InPlaceStack, False),
+    "long_skip": (LongSkipStack, False),
+    "joint": (JointDiT, True),
+    "two_streams": (lambda: JointDiT(3, 0), True),
+    "tuple": (TupleDiT, True),
+    "refined": (RefinedStack, True),
+    "glued": (GluedStack, False),
+    "stray": (StrayStack, False),
+    "interleaved": (InterleavedStack, False),
+    "staged": (lambda: StagedStack(2, 3), False),
+    "side": (SideStack, False),
+    "transposed": (TransposedStack, False),
+    "branching": (lambda: Stack(block=BranchingBlock), False),
+}
 
 
 def seeded(model: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -315,6 +425,19 @@ def traced(model: nn.Module, *args: Any, dynamic: bool | None = None, **kwargs: 
     return found[0]
 
 
+@cache
+def traced_variant(name: str, dtype: torch.dtype = torch.float32) -> Captured:
+    """A variant's graph, traced once; rewrite a copy of it."""
+    build, context = VARIANTS[name]
+    return traced(seeded(build, dtype), *example(dtype, context=context))
+
+
+@cache
+def traced_stack(depth: int) -> Captured:
+    """The graph of a `Stack`, traced once; rewrite a copy of it."""
+    return traced(seeded(lambda: Stack(depth)), *example())
+
+
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     """The graph that a backend gets for one call of a model without gradients; a copy, free to be rewritten."""
     return traced(model, *args, **kwargs).gm
@@ -359,9 +482,7 @@ class CacheState:
         front = inputs.front
         self.front = None if front is None else torch.zeros(tuple(front.sizes), dtype=front.dtype)
 
-    def operands(
-        self, *, compute: bool, weights: Sequence[float] = (1.0,), noise: float = 0.0, key: int = 0
-    ) -> list[Tensor]:
+    def operands(self, *, compute: bool, weights: Sequence[float] = (1.0,), noise: float = 0.0, key: int = 0) -> list[Tensor]:
         """The cache inputs of one call, in the order the graph takes them."""
         padded = (*weights, *([0.0] * (self.inputs.history - len(weights))), noise)
         front = [] if self.front is None else [self.front]

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..passes.specialize_branch import specialize_branch
 from ..runtime.program import FlatCall, Programs
-from ..torch_internals import copy_dynamo_graph
+from ..torch_internals import copy_dynamo_graph, record_rewrite
 
 
 def lower_specialize(
@@ -27,10 +27,11 @@ def lower_specialize(
 
 def _specialized(gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[..., Any], compute: bool) -> FlatCall:
     graph = copy_dynamo_graph(gm)
-    specialize_branch(graph, compute=compute)
+    folded = specialize_branch(graph, compute=compute)
     kept = _drop_unused_inputs(graph)
     graph.graph.lint()
     graph.recompile()
+    record_rewrite("specialize_branch", folded, graph)
     run = compile_inner(graph, [examples[i] for i in kept])
     if len(kept) == 1:
         only = kept[0]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 
 import torch
 
 from ..forecasts import Point
 from ..passes.insert_cache_branch import CacheInputs
 from ..passes.residual_math import statistics_length
-from ..torch_internals import outside_inference_mode, version_of
+from ..torch_internals import outside_inference_mode, write_counters
 
 Sizes = tuple[tuple[int, ...], ...]
 
@@ -89,14 +90,13 @@ class WeightMark:
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
         self.references = [weakref.ref(weight) for weight in weights]
-        self.versions = version_of(weights)
+        self.versions = write_counters(weights)
 
     def matches(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, not written to since."""
-        for reference, weight in zip(self.references, weights, strict=True):
-            if reference() is not weight:
-                return False
-        return self.versions == version_of(weights)
+        if len(self.references) != len(weights) or not all(map(is_, [r() for r in self.references], weights)):
+            return False
+        return self.versions is None or self.versions == write_counters(weights)
 
 
 def allocate(inputs: CacheInputs, sizes: Sizes, weights: Sequence[torch.Tensor]) -> ResidualStore:

@@ -21,11 +21,18 @@ class CachedCall:
         self.session = session
         self._module, self._backend = module, backend
         self._compiled: Callable[..., Any] | None = None
+        self._call: Callable[..., Any] | None = None
         self._time_name, self._time_place = _time_argument(module)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         session.call_time = self._time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._call is None:
+            # a compiler around the model must not trace into the runtime
+            self._call = torch.compiler.disable(self._bracketed)
+        return self._call(*args, **kwargs)
+
+    def _bracketed(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         compiled = self._compiled
         if compiled is None:

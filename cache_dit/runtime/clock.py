@@ -6,12 +6,15 @@ evaluations of the model in one context, from 1 in each run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # Unnamed calls at the first timestep before they are taken for new runs of a model that samples in one step.
 MAX_UNNAMED_CONTEXTS = 16
+# A timestep comes as float32, float16 or bfloat16, the run's sigmas as Python floats.
+LISTED_TOLERANCE = 2.0**-8
 
 ContextKey = str | int
 
@@ -35,11 +38,13 @@ class _Course:
     last: float | None = None
     direction: int = 0
 
-    def returns(self, time: float | None, known: frozenset[float]) -> bool:
+    def returns(self, time: float | None, known: Sequence[float]) -> bool:
         """Whether the timestep jumps against the direction that the run's first two distinct timesteps gave."""
         if time is None or self.last is None or self.direction == 0 or time == self.last:
             return False
-        return (time > self.last) != (self.direction > 0) and time not in known
+        if (time > self.last) == (self.direction > 0):
+            return False
+        return not any(math.isclose(time, listed, rel_tol=LISTED_TOLERANCE) for listed in known)
 
     def advance(self, time: float | None) -> None:
         if time is None:
@@ -53,13 +58,29 @@ class _Course:
 
 @dataclass(slots=True)
 class _Unnamed:
-    """Turns of the unnamed contexts: 1 to ``count``, told by the run's first step."""
+    """Turns of the unnamed contexts: 1 to ``count``, told by the run's first step.
+
+    ``calls`` were made at the timestep of the last call; no timestep has more than ``most``, which the run's second one
+    tells: ``count``, or twice as many where the sampler evaluates twice. ``partial``: the count was begun in mid-step, so
+    that the first timestep does not tell the contexts.
+    """
 
     course: _Course
     count: int = 0
     settled: bool = False
     turn: int = 0
     step: int = 1
+    calls: int = 0
+    most: int | None = None
+    partial: bool = False
+
+    def exceeds(self, time: float) -> bool:
+        """Count a call behind the first step; whether it is one more at its timestep than the pattern has."""
+        if time != self.course.last:
+            self.most = self.most or self.calls or None
+            self.calls = 0
+        self.calls += 1
+        return self.most is not None and self.calls > self.most
 
 
 @dataclass(slots=True)
@@ -76,7 +97,7 @@ class StepClock:
     manual: bool = False
     num_steps: int | None = None
     sigmas: tuple[float, ...] | None = None
-    _known: frozenset[float] = frozenset()
+    _known: tuple[float, ...] = ()
     _unnamed: _Unnamed | None = None
     _named: dict[str, _Named] = field(default_factory=dict)
 
@@ -89,14 +110,15 @@ class StepClock:
     def announce(self, num_steps: int | None, sigmas: Sequence[float] | None) -> None:
         """Note the number of steps and the noise levels of the run that the next call begins."""
         self.sigmas = None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
-        self._known = frozenset(self.sigmas or ())
+        # a run does not go back to where it began: that is the next one
+        self._known = (self.sigmas or ())[1:]
         self.num_steps = num_steps if num_steps is not None else (len(self.sigmas) - 1 if self.sigmas else None)
 
     def end_run(self) -> None:
         """Forget where the run was: the next call begins a new one."""
         self._unnamed = None
         self._named.clear()
-        self._known, self.sigmas, self.num_steps = frozenset(), None, None
+        self._known, self.sigmas, self.num_steps = (), None, None
 
     def forget_context(self, name: ContextKey) -> None:
         """Drop a named context: its next call begins a run in it."""
@@ -139,21 +161,24 @@ class StepClock:
         if not state.settled:
             if time == state.course.first:
                 return self._another_context(state, time)
+            if state.partial:
+                return self._begin_unnamed(time, broke=False)
             state.settled = True
-            return self._next_in_turn(state, time)
-        if state.turn > 0 and time != state.course.last:
+        elif state.turn > 0 and time != state.course.last:
             return self._begin_unnamed(time, broke=not state.course.returns(time, self._known))
-        if state.course.returns(time, self._known):
+        elif state.course.returns(time, self._known):
             return self._begin_unnamed(time, broke=False)
+        if state.exceeds(time):
+            return self._begin_unnamed(time, broke=True, partial=True)
         return self._next_in_turn(state, time)
 
-    def _begin_unnamed(self, time: float | None, broke: bool) -> Tick:
+    def _begin_unnamed(self, time: float | None, broke: bool, partial: bool = False) -> Tick:
         if self._unnamed is not None:
             self._forget_schedule()
             self.run += 1
         elif self.run == 0 or not self._named:
             self.run += 1
-        self._unnamed = _Unnamed(_Course(self.run, time, time), count=1, settled=time is None)
+        self._unnamed = _Unnamed(_Course(self.run, time, time), count=1, settled=time is None, partial=partial)
         return Tick(self.run, 1, 1, True, broke)
 
     def _another_context(self, state: _Unnamed, time: float) -> Tick:
@@ -172,4 +197,4 @@ class StepClock:
 
     def _forget_schedule(self) -> None:
         """A run that nobody announced has no known sigmas or number of steps: those of the last one are not its own."""
-        self.sigmas, self.num_steps, self._known = None, None, frozenset()
+        self.sigmas, self.num_steps, self._known = None, None, ()

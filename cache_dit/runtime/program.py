@@ -34,7 +34,7 @@ TIME_NAMES = (
     "diffusion_timestep",
     "time_cond",
 )
-MAX_WATCHED_WEIGHTS = 64
+MAX_WATCHED_WEIGHTS = 32
 
 FindSession = Callable[["CachedGraph", Sequence[Any]], "Session | None"]
 FlatCall = Callable[[Sequence[Any]], Sequence[Any]]

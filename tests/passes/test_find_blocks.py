@@ -1,0 +1,198 @@
+"""Which modules are the blocks, and which lists of them make a chain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_dit.passes import BlockChains, find_blocks
+from cache_dit.passes.module_paths import in_module, is_compute
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+
+from tests.models import (
+    CHANNELS,
+    WIDTH,
+    Block,
+    Plain,
+    SimpleBlock,
+    Stack,
+    StagedDiT,
+    TinyDiT,
+    capture,
+    compact,
+    example,
+    run,
+    seeded,
+    traced_variant,
+)
+
+
+def described(found: BlockChains) -> str:
+    """Lists with their blocks, then the chains in the order in which they are tried."""
+    lines = [f"{each.path}: {' '.join(block.path for block in each.blocks)}" for each in found.lists]
+    return "\n".join([*lines, *(f"chain {' > '.join(each.path for each in chain)}" for chain in found.chains)])
+
+
+def found_in(name: str) -> str:
+    return described(find_blocks(traced_variant(name).gm))
+
+
+def test_snapshot() -> None:
+    gm = traced_variant("stack").gm
+    (blocks,) = find_blocks(gm).lists
+    nodes = list(gm.graph.nodes)
+    lines = [
+        f"{block.path} {block.class_name}: {' '.join(node.name for node in nodes[block.first : block.last + 1])}"
+        for block in blocks.blocks
+    ]
+    assert_expected_inline("\n".join(lines), """\
+blocks.0 SimpleBlock: linear_1 tanh mul h_1
+blocks.1 SimpleBlock: linear_2 tanh_1 mul_1 h_2
+blocks.2 SimpleBlock: linear_3 tanh_2 mul_2 h_3""")
+    assert (blocks.first, blocks.last, blocks.nodes) == (blocks.blocks[0].first, blocks.blocks[-1].last, 12)
+
+
+def test_a_chain_of_lists_is_tried_whole_first() -> None:
+    assert_expected_inline(found_in("joint"), """\
+double_blocks: double_blocks.0 double_blocks.1 double_blocks.2
+single_blocks: single_blocks.0 single_blocks.1
+chain double_blocks > single_blocks
+chain double_blocks""")
+
+
+def test_a_list_that_runs_backwards_is_named_in_the_order_it_runs() -> None:
+    assert_expected_inline(found_in("reversed"), """\
+blocks: blocks.3 blocks.2 blocks.1 blocks.0
+chain blocks""")
+
+
+def test_a_list_called_twice_counts_where_it_ran_first() -> None:
+    gm = traced_variant("twice").gm
+    found = find_blocks(gm)
+    assert described(found) == found_in("tiny")
+    (blocks,) = found.lists
+    first_block = [i for i, node in enumerate(gm.graph.nodes) if is_compute(node) and in_module(node, "blocks.0")]
+    assert blocks.first == first_block[0]
+    assert blocks.last < first_block[-1]
+
+
+def test_attributes_with_numbers_are_a_list() -> None:
+    assert_expected_inline(found_in("attributes"), """\
+block: block0 block1 block2 block3
+chain block""")
+
+
+def test_lists_that_take_turns_are_one_list_of_composite_blocks() -> None:
+    assert_expected_inline(found_in("interleaved"), """\
+spatial + temporal: spatial.0 spatial.1 spatial.2
+chain spatial + temporal""")
+    gm = traced_variant("interleaved").gm
+    (blocks,) = find_blocks(gm).lists
+    nodes = list(gm.graph.nodes)
+    for place, block in enumerate(blocks.blocks):
+        inside = [node for node in nodes[block.first : block.last + 1] if is_compute(node)]
+        assert any(in_module(node, f"temporal.{place}") for node in inside)
+        assert not any(in_module(node, f"temporal.{other}") for node in inside for other in range(3) if other != place)
+
+
+def test_a_refiner_of_its_own_is_another_chain_to_fall_back_from() -> None:
+    assert_expected_inline(found_in("refined"), """\
+refiner: refiner.0 refiner.1
+blocks: blocks.0 blocks.1 blocks.2 blocks.3
+chain refiner > blocks
+chain blocks""")
+
+
+def test_two_stages_give_way_to_the_longer_lists_inside_them() -> None:
+    assert_expected_inline(found_in("staged"), """\
+blocks.0.layers: blocks.0.layers.0 blocks.0.layers.1 blocks.0.layers.2
+blocks.1.layers: blocks.1.layers.0 blocks.1.layers.1 blocks.1.layers.2
+chain blocks.0.layers > blocks.1.layers
+chain blocks.0.layers""")
+
+
+def test_lists_inside_the_blocks_of_a_longer_list_are_parts_of_its_blocks() -> None:
+    gm = capture(seeded(lambda: StagedDiT(3, 2)), *example())
+    assert described(find_blocks(gm)) == "blocks: blocks.0 blocks.1 blocks.2\nchain blocks"
+
+
+def test_a_part_called_again_behind_the_chain_does_not_stretch_its_block() -> None:
+    gm = traced_variant("stray").gm
+    (blocks,) = find_blocks(gm).lists
+    positions = [i for i, node in enumerate(gm.graph.nodes) if is_compute(node) and in_module(node, "blocks.0")]
+    assert positions[-1] > blocks.last
+    assert blocks.blocks[0].last < blocks.blocks[1].first
+
+
+class Far(Stack):
+    """The second half of the blocks starts behind much work that belongs to none, on another input."""
+
+    def __init__(self, glue: int, feeds: bool) -> None:
+        super().__init__(3)
+        self.late = nn.ModuleList(SimpleBlock() for _ in range(2))
+        self.glue, self.feeds = glue, feeds
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        first = self.embed(x)
+        for block in self.blocks:
+            first = block(first, t[:, None, None])
+        second = first if self.feeds else self.embed(x)
+        for _ in range(self.glue):
+            second = torch.sin(second)
+        for block in self.late:
+            second = block(second, t[:, None, None])
+        return self.head(first + second)
+
+
+@pytest.mark.parametrize(("glue", "feeds", "chained"), [(2, True, True), (2, False, False), (20, True, False)])
+def test_a_list_joins_the_chain_where_it_follows_closely_and_is_fed_by_it(glue: int, feeds: bool, chained: bool) -> None:
+    found = find_blocks(capture(seeded(lambda: Far(glue, feeds)), *example()))
+    assert [each.path for each in found.lists] == ["blocks", "late"]
+    assert (["blocks", "late"] in [[each.path for each in chain] for chain in found.chains]) is chained
+
+
+class Named(Stack):
+    """Two entries of a dictionary with numbers for names, one block in a list, and activations in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.parts = nn.ModuleDict({"0": Block(), "1": Block()})
+        self.activations = nn.ModuleList(nn.SiLU() for _ in range(4))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.blocks[0](self.embed(x), t[:, None, None])
+        for activation in self.activations:
+            h = activation(h)
+        temb = t[:, None].expand(-1, WIDTH)
+        return self.head(self.parts["1"](self.parts["0"](h, temb), temb))
+
+
+def test_only_repeated_modules_that_do_some_work_are_blocks() -> None:
+    found = find_blocks(capture(seeded(Named), *example()))
+    assert described(found) == "parts: parts.0 parts.1\nchain parts"
+
+
+def test_nothing_repeated_gives_nothing() -> None:
+    assert find_blocks(capture(seeded(Plain), *example())) == BlockChains((), ())
+    assert find_blocks(capture(seeded(lambda: TinyDiT(1)), *example())) == BlockChains((), ())
+
+
+def test_a_model_that_is_a_list_of_blocks() -> None:
+    class Both(nn.Sequential):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            for block in self:
+                x = block(x, t[:, None, None])
+            return x
+
+    gm = capture(seeded(lambda: Both(*(SimpleBlock() for _ in range(3)))), torch.ones(2, 3, WIDTH), torch.ones(2))
+    assert described(find_blocks(gm)) == ": 0 1 2\nchain "
+
+
+def test_an_analysis_changes_nothing_and_finds_the_same_again() -> None:
+    captured = traced_variant("joint")
+    gm = captured.copy()
+    before, output = compact(gm), run(gm, captured.inputs)
+    assert find_blocks(gm) == find_blocks(gm)
+    assert compact(gm) == before
+    assert torch.equal(run(gm, captured.inputs)[0], output[0])
+    assert output[0].shape[-1] == CHANNELS
