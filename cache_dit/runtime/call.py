@@ -29,7 +29,8 @@ class CachedCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
             # a compiler around the model must not trace into the runtime
-            self._call = torch.compiler.disable(self._bracketed)
+            disable: Any = torch.compiler.disable
+            self._call = disable(self._bracketed)
         return self._call(*args, **kwargs)
 
     def _bracketed(self, *args: Any, **kwargs: Any) -> Any:
