@@ -160,6 +160,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "The inner compiler {inner} failed ({why}); the graph runs in eager mode, still cached\n"
         "Remedy: install a C++ compiler or Triton, or use inner='eager'",
     ),
+    "comfy_unbuilt": (
+        "ComfyUI 的 ModelPatcher 尚不支持，模型未做任何更改\n解决方案: 目前请在 diffusers 或纯 PyTorch 中使用",
+        "ComfyUI's ModelPatcher is not supported yet; the model is untouched\n"
+        "Remedy: for now, use it with diffusers or plain PyTorch",
+    ),
     "target_speedup_unreachable": (
         "max_consecutive_hits 太小，达不到 target_speedup\n解决方案: 调大 max_consecutive_hits 或降低 target_speedup",
         "max_consecutive_hits is too low for target_speedup to be reached\n"

@@ -377,7 +377,11 @@ class Session:
             last_increment=context.last_increment,
             forecast_error=store.errors.get(self._forecast_name(store)),
         )
-        decision = COMPUTE_FIRST if step == 1 else self.strategy.decide(view)
+        decision = self.strategy.decide(view)
+        if step == 1:
+            if decision.skip:
+                self.counters.refuse("first_call")
+            decision = COMPUTE_FIRST
         if not decision.skip:
             context.clock = 0.0
         self.counters.steps += 1
