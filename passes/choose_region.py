@@ -10,7 +10,16 @@ import torch
 from torch import fx
 
 from .find_blocks import BlockChains, BlockList
-from .graph_values import example_of, is_mutation, is_parameter, is_random, mutated_argument, shape_key
+from .graph_values import (
+    example_of,
+    is_mutation,
+    is_parameter,
+    is_random,
+    is_removable,
+    mutated_argument,
+    name_of,
+    shape_key,
+)
 from .module_paths import in_module, is_compute
 
 # How far behind the last block the end of the region may move, in nodes.
@@ -359,17 +368,28 @@ def _hoisted(nodes: Sequence[fx.Node], order: Sequence[fx.Node], span: _Span) ->
     Only what a leaving node needs is moved, and only where it reads no parameter and nothing in the interval wrote to.
     """
     inside, everywhere = set(nodes), set(order)
-    leaving = _leaving(nodes)
+    leaving, fixed = _leaving(nodes), _fixed(nodes)
     written = {_storage_owner(mutated_argument(node), everywhere) for node in nodes if is_mutation(node)}
     moved: set[fx.Node] = set()
     for node in leaving:
         needed = _needed_inside(node, inside)
-        if any(is_parameter(a) for n in needed for a in n.all_input_nodes) or any(map(is_mutation, needed)):
+        if any(is_parameter(a) for n in needed for a in n.all_input_nodes) or needed & fixed:
             continue
         reads_written = any(_storage_owner(a, everywhere) in written for n in needed for a in (n, *n.all_input_nodes))
-        if not reads_written and not any(map(is_random, needed)) and _is_light(needed, nodes):
+        if not reads_written and _is_light(needed, nodes):
             moved |= needed
     return moved if moved != inside else set()
+
+
+def _fixed(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes that act on others (they write, draw numbers, switch autocast), and those under a switch in the interval."""
+    switched = 0
+    found = set()
+    for node in nodes:
+        switched += name_of(node).startswith("_enter") - name_of(node).startswith("_exit")
+        if switched or not is_removable(node):
+            found.add(node)
+    return found
 
 
 def _needed_inside(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:

@@ -556,7 +556,7 @@ def _compact_value(value: object, names: dict[fx.Node, str]) -> str:
     if isinstance(value, (tuple, list)):
         items = [_compact_value(item, names) for item in value]
         shown = [item for i, item in enumerate(items) if item != "w" or i == 0 or items[i - 1] != "w"]
-        return f"({', '.join('w…' if item == 'w' and 'w' in items[1:] else item for item in shown)})"
+        return f"({', '.join('w...' if item == 'w' and 'w' in items[1:] else item for item in shown)})"
     if isinstance(value, slice):
         return ":".join("" if part is None else _compact_value(part, names) for part in (value.start, value.stop))
     return str(value)

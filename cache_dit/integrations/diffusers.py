@@ -7,6 +7,8 @@ reaches every stateful hook in the model's hook registry: one entry there, witho
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import sys
 import weakref
@@ -51,18 +53,24 @@ def _takes_time(module: torch.nn.Module) -> bool:
 
 
 class _Listener:
-    """An entry of a hook registry that hears the context of each call and the end of each run."""
+    """An entry of a hook registry that hears the context of each call and the end of each run.
+
+    A copy of the model (``copy.deepcopy``, ``pickle``) is uncached, so the copy of its listener hears nothing.
+    """
 
     _is_stateful = True
+    owns_registry = False
 
-    def __init__(self, session: Session, manager_class: type) -> None:
-        self.session = weakref.ref(session)
-        self.states = _listening(manager_class, self.session)
-        self.fn_ref = None
+    def __init__(self, session: Session | None, manager_class: type | None) -> None:
+        self.session = weakref.ref(session) if session is not None else None
+        self.states = _contexts_class(manager_class)(self.session) if manager_class is not None else None
+
+    def __reduce__(self) -> tuple[type[_Listener], tuple[None, None]]:
+        return _Listener, (None, None)
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         """The pipeline is done with the model."""
-        session = self.session()
+        session = self.session() if self.session is not None else None
         if session is not None:
             session.end_run()
         return module
@@ -72,16 +80,21 @@ class _Listener:
         return module
 
 
-def _listening(manager_class: type, session: weakref.ref[Session]) -> Any:
+@functools.cache
+def _contexts_class(manager_class: type) -> Any:
     class Contexts(manager_class):  # type: ignore[misc]
         """A state manager that hands every context to the session."""
 
+        def __init__(self, session: weakref.ref[Session]) -> None:
+            super().__init__(object)
+            self._session = session
+
         def set_context(self, context: Any) -> None:
-            target = session()
+            target = self._session()
             if target is not None:
                 target.named_context = None if context is None else str(context.name)
 
-    return Contexts(object)
+    return Contexts
 
 
 def follow_module(module: torch.nn.Module, session: Session) -> None:
@@ -90,28 +103,26 @@ def follow_module(module: torch.nn.Module, session: Session) -> None:
     if not hasattr(module, "cache_context"):
         return
     if hooks is None:
-        import importlib
-
         hooks = importlib.import_module("diffusers.hooks.hooks")
+    leave_module(module)
+    had_registry = _REGISTRY in vars(module)
     registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
-    if LISTENER_NAME in registry.hooks:
-        leave_module(module)
-        registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
-    reference = hooks.HookFunctionReference()
-    reference.original_forward = reference.forward = module.forward
-    registry.hooks[LISTENER_NAME] = _Listener(session, hooks.StateManager)
+    # hooks and function references are parallel lists; the listener wraps no forward
+    listener = registry.hooks[LISTENER_NAME] = _Listener(session, hooks.StateManager)
+    listener.owns_registry = not had_registry
     registry._hook_order.insert(0, LISTENER_NAME)
-    registry._fn_refs.insert(0, reference)
+    registry._fn_refs.insert(0, hooks.HookFunctionReference())
 
 
 def leave_module(module: torch.nn.Module) -> None:
-    """Take the listener out again, and the registry too where nothing else is in it."""
+    """Take the listener out again, and the registry too where it was made for the listener and holds nothing else."""
     registry = vars(module).get(_REGISTRY)
     if registry is None or LISTENER_NAME not in registry.hooks:
         return
     place = registry._hook_order.index(LISTENER_NAME)
-    del registry.hooks[LISTENER_NAME], registry._hook_order[place], registry._fn_refs[place]
-    if not registry.hooks:
+    listener = registry.hooks.pop(LISTENER_NAME)
+    del registry._hook_order[place], registry._fn_refs[place]
+    if listener.owns_registry and not registry.hooks:
         delattr(module, _REGISTRY)
 
 

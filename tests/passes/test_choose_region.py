@@ -43,7 +43,7 @@ def chosen_in(build: Callable[[], nn.Module], **wanted: Any) -> Region | Refusal
 def described(region: Region) -> str:
     """A region in one line for each of its parts; live-ins without the weights."""
     outs = [
-        f"{out.node.name} = {out.base.name if out.base else 'whole'}{' + …' if out.additive else ''}"
+        f"{out.node.name} = {out.base.name if out.base else 'whole'}{' + ...' if out.additive else ''}"
         for out in region.live_outs
     ]
     lines = [
@@ -60,28 +60,63 @@ def described(region: Region) -> str:
 
 def test_snapshot() -> None:
     region = find_region(traced_variant("stack").gm, front=1, back=1)
-    assert_expected_inline(described(region), """""")
-    assert_expected_inline(" ".join(node.name for node in region.nodes), """""")
+    assert_expected_inline(
+        described(region),
+        """\
+front: blocks.0
+cached: blocks.1
+back: blocks.2
+in: h getitem
+out: h_1 = h + ...""",
+    )
+    assert_expected_inline(" ".join(node.name for node in region.nodes), """linear_2 tanh_1 mul_1 h_1""")
 
 
 def test_two_lists_make_one_region_whose_end_moves_behind_the_slice() -> None:
     region = find_region(traced_variant("joint").gm)
     assert region.lists == ("double_blocks", "single_blocks")
-    assert_expected_inline(described(region), """""")
+    assert_expected_inline(
+        described(region),
+        """\
+front: double_blocks.0
+cached: double_blocks.1 double_blocks.2 single_blocks.0 single_blocks.1
+back:
+in: context h t
+out: getitem_1 = h + ...""",
+    )
 
 
 def test_two_streams_that_leave_have_a_base_each() -> None:
-    assert_expected_inline(described(find_region(traced_variant("two_streams").gm)), """""")
-    assert_expected_inline(described(find_region(traced_variant("tuple").gm)), """""")
+    assert_expected_inline(
+        described(find_region(traced_variant("two_streams").gm)),
+        """\
+front: double_blocks.0
+cached: double_blocks.1 double_blocks.2
+back:
+in: context h t
+out: h_2 = h + ..., context_2 = context + ...""",
+    )
+
+
+def test_a_tuple_that_travels_through_the_blocks_leaves_in_parts() -> None:
+    assert_expected_inline(described(find_region(traced_variant("tuple").gm)), """\
+front: double_blocks.0
+cached: double_blocks.1 double_blocks.2
+back:
+in: context_1 t x_1
+out: h = x_1 + ..., context_3 = context_1 + ...""")
 
 
 def test_a_long_skip_changes_the_stream_so_the_base_is_told_by_shape() -> None:
-    assert_expected_inline(described(find_region(traced_variant("long_skip").gm)), """\
+    assert_expected_inline(
+        described(find_region(traced_variant("long_skip").gm)),
+        """\
 front: blocks.0
 cached: blocks.1 blocks.2 blocks.3
 back:
 in: h getitem
-out: h_3 = h""")
+out: h_3 = h""",
+    )
 
 
 def test_a_long_skip_across_the_end_of_the_region_is_one_live_out_more() -> None:
@@ -101,15 +136,41 @@ def test_a_refiner_before_the_chain_is_left_out() -> None:
 
 
 def test_something_light_between_the_blocks_is_computed_before_the_region() -> None:
-    assert_expected_inline(described(find_region(traced_variant("side").gm)), """""")
+    assert_expected_inline(
+        described(find_region(traced_variant("side").gm)),
+        """\
+front: blocks.0
+cached: blocks.1 blocks.2
+back:
+in: first t
+out: add_2 = first + ...
+hoisted: side""",
+    )
 
 
 def test_glue_between_blocks_belongs_to_the_region() -> None:
-    assert_expected_inline(described(find_region(traced_variant("glued").gm)), """""")
+    assert_expected_inline(
+        described(find_region(traced_variant("glued").gm)),
+        """\
+front: blocks.0
+cached: blocks.1 blocks.2
+back:
+in: h getitem control
+out: add_4 = h + ...""",
+    )
 
 
 def test_a_stream_written_in_place_enters_as_a_copy() -> None:
-    assert_expected_inline(described(find_region(traced_variant("in_place").gm)), """""")
+    assert_expected_inline(
+        described(find_region(traced_variant("in_place").gm)),
+        """\
+front: blocks.0
+cached: blocks.1 blocks.2
+back:
+in: x getitem
+out: x_2 = x + ...
+copied: x""",
+    )
 
 
 def test_only_weights_that_the_region_reads_enter_it_and_come_last() -> None:
@@ -258,26 +319,38 @@ def test_refuses_to_cut_an_autocast_region() -> None:
     assert isinstance(chosen(gm, named=("blocks.1", "blocks.1")), Region), "whole inside of it"
 
 
-def test_refuses_what_is_not_a_tensor_where_it_leaves() -> None:
-    class Measured(Stack):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            h = self.embed(x)
-            for block in self.blocks:
-                h = block(h, t[:, None, None])
-            size = self.blocks[1].mlp(h)[:, : x.shape[1] // 2].shape[1]
-            return self.head(h) * size
+class Measuring(Stack):
+    """Numbers made of the tensors' sizes between the blocks are read behind them."""
 
-    gm = capture(seeded(Measured), *example(), dynamic=True)
-    assert isinstance(chosen(gm), Region)
-    refusal = chosen(gm, named=("blocks.2", "blocks.1"))
-    assert isinstance(refusal, Region | Refusal)
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        second = self.blocks[1](self.blocks[0](h, t), t)
+        size = second.shape[1]
+        for n in range(self.numbers):
+            size = size * 3 + n
+        return self.blocks[2](second, t) / size
+
+
+def test_sizes_made_between_the_blocks_are_computed_before_the_region() -> None:
+    region = find_region(capture(seeded(lambda: Measuring(1)), *example(), dynamic=True))
+    assert len(region.hoisted) in (1, 2)
+    assert len(region.live_outs) == 1
+
+
+def test_refuses_what_is_not_a_tensor_where_it_leaves() -> None:
+    refusal = chosen(capture(seeded(lambda: Measuring(3)), *example(), dynamic=True))
+    assert isinstance(refusal, Refusal) and refusal.key == "not_a_tensor"
+    assert refusal.detail.endswith(": SymInt")
 
 
 def test_refuses_a_region_that_nothing_leaves() -> None:
     class Unused(Stack):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            super().forward(x, t)
-            return x * 2.0
+        def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+            super().run_blocks(h, t)
+            return h
 
     assert chosen_in(Unused) == Refusal("nothing_leaves")
 

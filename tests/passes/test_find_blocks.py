@@ -43,25 +43,34 @@ def test_snapshot() -> None:
         f"{block.path} {block.class_name}: {' '.join(node.name for node in nodes[block.first : block.last + 1])}"
         for block in blocks.blocks
     ]
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 blocks.0 SimpleBlock: linear_1 tanh mul h
 blocks.1 SimpleBlock: linear_2 tanh_1 mul_1 h_1
-blocks.2 SimpleBlock: linear_3 tanh_2 mul_2 h_2""")
+blocks.2 SimpleBlock: linear_3 tanh_2 mul_2 h_2""",
+    )
     assert (blocks.first, blocks.last, blocks.nodes) == (blocks.blocks[0].first, blocks.blocks[-1].last, 12)
 
 
 def test_a_chain_of_lists_is_tried_whole_first() -> None:
-    assert_expected_inline(found_in("joint"), """\
+    assert_expected_inline(
+        found_in("joint"),
+        """\
 double_blocks: double_blocks.0 double_blocks.1 double_blocks.2
 single_blocks: single_blocks.0 single_blocks.1
 chain double_blocks > single_blocks
-chain double_blocks""")
+chain double_blocks""",
+    )
 
 
 def test_a_list_that_runs_backwards_is_named_in_the_order_it_runs() -> None:
-    assert_expected_inline(found_in("reversed"), """\
+    assert_expected_inline(
+        found_in("reversed"),
+        """\
 blocks: blocks.2 blocks.1 blocks.0
-chain blocks""")
+chain blocks""",
+    )
 
 
 def test_a_list_called_twice_counts_where_it_ran_first() -> None:
@@ -75,15 +84,21 @@ def test_a_list_called_twice_counts_where_it_ran_first() -> None:
 
 
 def test_attributes_with_numbers_are_a_list() -> None:
-    assert_expected_inline(found_in("attributes"), """\
+    assert_expected_inline(
+        found_in("attributes"),
+        """\
 block: block0 block1 block2
-chain block""")
+chain block""",
+    )
 
 
 def test_lists_that_take_turns_are_one_list_of_composite_blocks() -> None:
-    assert_expected_inline(found_in("interleaved"), """\
+    assert_expected_inline(
+        found_in("interleaved"),
+        """\
 spatial + temporal: spatial.0 spatial.1 spatial.2
-chain spatial + temporal""")
+chain spatial + temporal""",
+    )
     gm = traced_variant("interleaved").gm
     (blocks,) = find_blocks(gm).lists
     nodes = list(gm.graph.nodes)
@@ -95,19 +110,25 @@ chain spatial + temporal""")
 
 
 def test_a_refiner_of_its_own_is_another_chain_to_fall_back_from() -> None:
-    assert_expected_inline(found_in("refined"), """\
+    assert_expected_inline(
+        found_in("refined"),
+        """\
 refiner: refiner.0 refiner.1
 blocks: blocks.0 blocks.1 blocks.2
 chain refiner > blocks
-chain blocks""")
+chain blocks""",
+    )
 
 
 def test_two_stages_give_way_to_the_longer_lists_inside_them() -> None:
-    assert_expected_inline(found_in("staged"), """\
+    assert_expected_inline(
+        found_in("staged"),
+        """\
 blocks.0.blocks: blocks.0.blocks.0 blocks.0.blocks.1 blocks.0.blocks.2
 blocks.1.blocks: blocks.1.blocks.0 blocks.1.blocks.1 blocks.1.blocks.2
 chain blocks.0.blocks > blocks.1.blocks
-chain blocks.0.blocks""")
+chain blocks.0.blocks""",
+    )
 
 
 def test_lists_inside_the_blocks_of_a_longer_list_are_parts_of_its_blocks() -> None:

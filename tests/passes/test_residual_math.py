@@ -1,0 +1,186 @@
+"""The arithmetic of the cache against float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from cache_dit.passes.residual_math import (
+    accumulation_dtype,
+    noise,
+    predict,
+    rebuilt,
+    relative_change,
+    residual_of,
+    statistics_length,
+    store,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CPU = torch.device("cpu")
+FLOATING = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def random(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def normal(key: int, stream: int = 0, count: int = 50_000, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    value: torch.Tensor = noise((count,), count, torch.tensor(key), stream, CPU, dtype)
+    return value
+
+
+def measured(truth: torch.Tensor, stored: list[torch.Tensor]) -> list[float]:
+    accumulate = accumulation_dtype(truth.dtype)
+    return [float(value) for value in store(truth, [buffer.clone() for buffer in stored], truth.dtype, accumulate)]
+
+
+@pytest.mark.parametrize("history", [1, 2, 3, 4])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_statistics_against_float64(history: int, dtype: torch.dtype, rtol: float) -> None:
+    truth = random(5, 7, dtype=dtype)
+    stored = [random(5, 7, seed=k + 1, dtype=dtype) for k in range(history)]
+    values = measured(truth, stored)
+    exact = [np.asarray(value.double()) for value in (truth, *stored)]
+    differences = [newer - older for newer, older in pairwise(exact)]
+    gram = [(a * b).mean() for i, a in enumerate(differences) for b in differences[i:]]
+    assert len(values) == statistics_length(history)
+    np.testing.assert_allclose(values, [0.0, (exact[0] ** 2).mean(), *gram], rtol=rtol, atol=rtol)
+
+
+def test_statistics_of_neighbours_keep_digits_that_products_would_lose() -> None:
+    older = random(1000, seed=1) + 100.0
+    truth = older + 1e-3 * random(1000)
+    exact = float(((truth.double() - older.double()) ** 2).mean())
+    assert measured(truth, [older])[2] == pytest.approx(exact, rel=1e-5)
+
+
+@given(st.integers(1, 4), st.integers(0, 2**16))
+@settings(max_examples=25, deadline=None)
+def test_the_error_of_a_forecast_follows_from_the_statistics(history: int, seed: int) -> None:
+    """||R - sum w r||^2 = c G c with the tail sums c of weights that sum to 1."""
+    truth = random(64, seed=seed, dtype=torch.float64)
+    stored = [random(64, seed=seed + k + 1, dtype=torch.float64) for k in range(history)]
+    weights = np.random.default_rng(seed).normal(size=history)
+    weights[0] += 1.0 - weights.sum()
+    upper = iter(measured(truth, stored)[2:])
+    gram = np.zeros((history, history))
+    for a in range(history):
+        for b in range(a, history):
+            gram[a, b] = gram[b, a] = next(upper)
+    tails = np.cumsum(weights[::-1])[::-1]
+    miss = truth - sum(float(w) * r for w, r in zip(weights, stored, strict=True))
+    assert tails @ gram @ tails == pytest.approx(float((miss**2).mean()), rel=1e-9)
+
+
+def test_the_oldest_residual_is_overwritten_and_no_other() -> None:
+    stored = [random(4, seed=k) for k in range(3)]
+    before = [buffer.clone() for buffer in stored]
+    truth = random(4, seed=9)
+    store(truth, stored, torch.float32, torch.float32)
+    assert torch.equal(stored[0], before[0])
+    assert torch.equal(stored[1], before[1])
+    assert torch.equal(stored[2], truth)
+
+
+def test_what_is_not_finite_is_counted_and_stored_as_zero() -> None:
+    truth = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), 2.0])
+    stored = [torch.zeros(5)]
+    count, mean_square, difference = store(truth, stored, torch.float32, torch.float32)
+    assert count == 3.0
+    assert stored[0].tolist() == [1.0, 0.0, 0.0, 0.0, 2.0]
+    assert mean_square == difference == pytest.approx(1.0)
+
+
+def test_what_overflows_the_stored_dtype_is_counted() -> None:
+    truth = torch.tensor([1.0, 1e6])
+    stored = [torch.zeros(2, dtype=torch.float16)]
+    count, *_ = store(truth, stored, torch.float16, torch.float32)
+    assert count == 1.0
+    assert stored[0].tolist() == [1.0, 0.0]
+
+
+def test_statistics_are_of_what_is_stored() -> None:
+    truth, stored = random(100), [torch.zeros(100, dtype=torch.bfloat16)]
+    _, mean_square, _ = store(truth, stored, torch.bfloat16, torch.float32)
+    assert mean_square == pytest.approx(float((stored[0].double() ** 2).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_sums_are_made_in_float32_or_better(dtype: torch.dtype) -> None:
+    accumulate = accumulation_dtype(dtype)
+    assert accumulate == (torch.float64 if dtype == torch.float64 else torch.float32)
+    output, base = random(8, dtype=dtype), random(8, seed=1, dtype=dtype)
+    residual = residual_of(output, base, accumulate)
+    assert residual.dtype == accumulate
+    assert torch.equal(residual, output.to(accumulate) - base.to(accumulate))
+    assert torch.equal(residual_of(output, None, accumulate), output.to(accumulate))
+    back = rebuilt(base, residual, dtype, accumulate)
+    assert back.dtype == dtype
+    torch.testing.assert_close(back, output, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-6)
+
+
+def test_reuse_of_a_half_precision_residual_is_exact_where_it_is_kept_in_float32() -> None:
+    output, base = random(1000, dtype=torch.bfloat16), 10.0 * random(1000, seed=1, dtype=torch.bfloat16)
+    residual = residual_of(output, base, torch.float32)
+    assert torch.equal(rebuilt(base, residual, torch.bfloat16, torch.float32), output)
+
+
+def test_a_forecast_is_the_weighted_sum() -> None:
+    stored = [random(6, seed=k, dtype=torch.float16) for k in range(3)]
+    control = torch.tensor([2.0, -1.5, 0.5, 7.0])
+    exact = sum(w * r.double() for w, r in zip([2.0, -1.5, 0.5], stored, strict=True))
+    predicted = predict(stored, control, torch.float32, CPU)
+    assert predicted.dtype == torch.float32
+    torch.testing.assert_close(predicted.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_the_front_clock_is_a_ratio_of_means() -> None:
+    now, before = random(50, dtype=torch.bfloat16), random(50, seed=1, dtype=torch.bfloat16)
+    moved, size = relative_change(now, before, torch.float32)
+    assert float(moved) == pytest.approx(float((now.double() - before.double()).abs().mean()), rel=1e-5)
+    assert float(size) == pytest.approx(float(before.double().abs().mean()), rel=1e-5)
+    assert float(relative_change(now, now, torch.float32)[0]) == 0.0
+
+
+def test_noise_has_the_moments_of_a_normal_distribution() -> None:
+    values = np.asarray(torch.cat([normal(key) for key in (0, 1, 12345, 2**31 - 1)]).double())
+    count = len(values)
+    assert np.isfinite(values).all()
+    assert abs(values.mean()) < 4 / count**0.5
+    assert abs(values.std() - 1) < 4 / (2 * count) ** 0.5
+    assert abs((values**3).mean()) < 4 * (15 / count) ** 0.5
+    assert abs((values**4).mean() - 3) < 4 * (96 / count) ** 0.5
+    assert abs((np.abs(values) > 1.959964).mean() - 0.05) < 4 * (0.05 * 0.95 / count) ** 0.5
+
+
+def test_noise_is_independent_between_places_keys_and_streams() -> None:
+    values = normal(7)
+    bound = 4 / len(values) ** 0.5
+    for other in (normal(8), normal(7, stream=1), normal(6), normal(7 + 2**20)):
+        assert abs(float((values * other).mean())) < bound
+        assert not torch.equal(values.sort().values, other.sort().values), "not the same numbers in another order"
+    for lag in (1, 2, 8, 64, 1024):
+        assert abs(float((values[lag:] * values[:-lag]).mean())) < bound * 1.05, lag
+
+
+def test_noise_depends_on_the_key_the_stream_and_the_place_alone() -> None:
+    state = torch.get_rng_state()
+    values = normal(3, stream=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert torch.equal(normal(3, stream=2), values)
+    assert torch.equal(normal(3, stream=2, count=100), values[:100])
+    assert not torch.equal(normal(4, stream=2), values)
+    assert not torch.equal(normal(3, stream=1), values)
+    shaped = noise((10, 5000), 50_000, torch.tensor(3), 2, CPU, torch.float32)
+    assert torch.equal(shaped.flatten(), values)
+    torch.set_rng_state(state)
+
+
+def test_noise_is_the_same_number_in_double_precision() -> None:
+    assert normal(3, dtype=torch.float64).dtype == torch.float64
+    torch.testing.assert_close(normal(3, dtype=torch.float64).float(), normal(3), rtol=1e-4, atol=1e-5)
