@@ -6,12 +6,13 @@ import argparse
 import copy
 import importlib
 import importlib.util
+import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
 Inputs = Callable[[int, int], Mapping[str, Any]]
 """(step, steps) -> the keyword arguments of one call; steps count from 0."""
 
-CACHE_OPTIONS = ("strategy", "skip_interval", "warmup_steps", "target_speedup", "tolerance", "front_blocks", "back_blocks")
+CACHE_OPTIONS = (
+    "strategy",
+    "skip_interval",
+    "warmup_steps",
+    "target_speedup",
+    "tolerance",
+    "front_blocks",
+    "back_blocks",
+)
 """Options of the command that go to `enable_cache` as they are, where given."""
 
 
@@ -52,7 +61,7 @@ def _run(command: Callable[[argparse.Namespace], None], options: argparse.Namesp
     except Exception as error:
         if options.traceback:
             raise
-        known = isinstance(error, (SubjectError, CacheDitError, ValueError, TypeError))
+        known = isinstance(error, (CommandError, CacheDitError))
         told = str(error) if known else text("cli_failed", options.language, model=options.model, error=_told(error))
         print(told, file=sys.stderr)
         return 1 if isinstance(error, MissingPackageError) else 2
@@ -94,6 +103,8 @@ def _add_subject(parser: argparse.ArgumentParser, language: str | None) -> None:
     parser.add_argument("--prompt", default="a photo of a cat", help=text("cli_help_prompt", language))
     for name in ("--height", "--width"):
         parser.add_argument(name, type=int, metavar="PIXELS", help=text("cli_help_size", language))
+    parser.add_argument("--device", help=text("cli_help_device", language))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text("cli_help_dtype", language))
     for name in ("--front-blocks", "--back-blocks"):
         parser.add_argument(name, type=int, metavar="N", help=text("cli_help_option", language))
     parser.add_argument("--region", metavar="PATH[,PATH]", help=text("cli_help_region", language))
@@ -224,16 +235,17 @@ _LOOK_UPS: dict[str, Callable[[str | None], str]] = {
 
 
 def _subject(options: argparse.Namespace) -> Subject:
-    return load_subject(options.model, PictureRequest(options.prompt, options.height, options.width), options.language)
+    names = ("prompt", "height", "width", "device", "dtype")
+    return load_subject(options.model, Request(**{name: getattr(options, name) for name in names}), options.language)
 
 
 def inspect(options: argparse.Namespace) -> None:
     """Print what the compiler finds in a model."""
-    from .api import enable_cache, explain
+    from .api import explain
     from .integrations.targets import denoisers_of
 
     subject = _subject(options)
-    enable_cache(subject.model, inner=options.inner, language=options.language, **cache_options(options))
+    _turn_on(subject, options.inner, cache_options(options), options.language)
     subject.forward()
     print("\n\n".join(str(explain(module)) for module in denoisers_of(subject.model, options.language)))
 
@@ -257,13 +269,22 @@ def compare(options: argparse.Namespace) -> None:
     print(text("cli_picture" if drawn else "cli_no_picture", language, path=options.out))
 
 
+def _turn_on(subject: Subject, inner: str, options: Mapping[str, Any], language: str | None) -> None:
+    from .api import enable_cache
+
+    try:
+        enable_cache(subject.model, inner=inner, language=language, **options)
+    except (ValueError, TypeError) as error:  # these say all: option, value given, values allowed
+        raise CommandError(str(error)) from error
+
+
 def contenders(subject: Subject, inner: str, options: Mapping[str, Any], language: str | None) -> list[Contender]:
     """The model without and, turned on here, with caching."""
-    from .api import enable_cache, get_stats
+    from .api import get_stats
     from .compare import Contender
 
     plain = subject.plain(inner)
-    enable_cache(subject.model, inner=inner, language=language, **options)
+    _turn_on(subject, inner, options, language)
 
     def run_cached(seed: int, steps: int, on_step: Callable[[], object]) -> Tensor:
         subject.announce(steps)
@@ -279,8 +300,8 @@ def contenders(subject: Subject, inner: str, options: Mapping[str, Any], languag
 # ---- what MODEL names ------------------------------------------------------------------------------------------------
 
 
-class SubjectError(Exception):
-    """MODEL names nothing that can be run; the message says what is wrong."""
+class CommandError(Exception):
+    """The command cannot do what was asked; the message says why."""
 
 
 class Subject:
@@ -374,7 +395,7 @@ def first_tensor(output: Any) -> Tensor:
     """The first tensor of a model's output: the output itself, or what a tuple, a dictionary or ``.sample`` holds.
 
     Raises:
-        SubjectError: there is none.
+        CommandError: there is none.
     """
     import torch
 
@@ -385,7 +406,7 @@ def first_tensor(output: Any) -> Tensor:
     parts = list(output.values()) if isinstance(output, Mapping) else output
     if isinstance(parts, (list, tuple)) and parts:
         return first_tensor(parts[0])
-    raise SubjectError(f"the model returned {type(output).__name__}: a tensor is wanted, alone or first in a tuple")
+    raise CommandError(f"the model returned {type(output).__name__}: a tensor is wanted, alone or first in a tuple")
 
 
 class PipelineSubject(Subject):
@@ -393,7 +414,7 @@ class PipelineSubject(Subject):
 
     compared, value_range = "cli_compared_pipeline", 1.0
 
-    def __init__(self, pipeline: Any, request: PictureRequest, language: str | None) -> None:
+    def __init__(self, pipeline: Any, request: Request, language: str | None) -> None:
         super().__init__(pipeline, lambda step, steps: {})
         pipeline.set_progress_bar_config(disable=True)
         self._request, self._language = request, language
@@ -441,9 +462,10 @@ class PipelineSubject(Subject):
             **self._request.arguments(),
         }
         parameters = signature(type(pipeline).__call__).parameters
-        missing = [name for name, each in parameters.items() if each.default is each.empty and name not in (*given, "self")]
+        needed = {name for name, each in parameters.items() if each.default is each.empty and each.kind not in _VARIADIC}
+        missing = sorted(needed - {"self", *given})
         if missing:
-            raise SubjectError(text("cli_pipeline_needs", self._language, names=", ".join(missing)))
+            raise CommandError(text("cli_pipeline_needs", self._language, names=", ".join(missing)))
         return pipeline(**{name: value for name, value in given.items() if name in parameters})
 
     def draw(self, measured: Sequence[Measured], path: Path) -> bool:
@@ -452,6 +474,9 @@ class PipelineSubject(Subject):
         panels = [Panel(each.name, _stills(each.runs[0].outputs)) for each in measured]
         draw_comparison(path, panels, [], columns=min(4, len(panels[0].pictures)))
         return True
+
+
+_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def _stills(outputs: Tensor) -> NDArray[np.float32]:
@@ -489,24 +514,39 @@ class DemoSubject(Subject):
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRequest:
-    """What to ask a pipeline for; a height or width of None is the pipeline's own, in pixels."""
+class Request:
+    """How to load what lies in a folder, and what to ask a pipeline for; None: as it is there, or as it does itself.
+
+    Attributes:
+        prompt: text for pipelines that take one.
+        height, width: of the pictures, in pixels.
+        device: ``'cuda'``, ...; None: a GPU where there is one.
+        dtype: name of a dtype of torch.
+    """
 
     prompt: str
     height: int | None = None
     width: int | None = None
+    device: str | None = None
+    dtype: str | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments by the names that pipelines give them."""
+        """Arguments of a pipeline's call by the names that pipelines give them."""
         given = {"prompt": self.prompt, "class_labels": [0, 1], "height": self.height, "width": self.width}
         return {name: value for name, value in given.items() if value is not None}
 
+    def place(self) -> str:
+        """The device to run on."""
+        import torch
 
-def load_subject(name: str, request: PictureRequest, language: str | None) -> Subject:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_subject(name: str, request: Request, language: str | None) -> Subject:
     """The model that ``name`` stands for: ``demo``, a folder of diffusers, or ``package.module:function``.
 
     Raises:
-        SubjectError: there is no such model.
+        CommandError: there is no such model.
         MissingPackageError: it needs a package that is not installed.
     """
     if name == "demo":
@@ -516,7 +556,7 @@ def load_subject(name: str, request: PictureRequest, language: str | None) -> Su
     module, colon, function = name.partition(":")
     if colon and all(part.isidentifier() for part in (*module.split("."), function)):
         return _load_function(module, function, name, language)
-    raise SubjectError(text("cli_model_unknown", language, model=name))
+    raise CommandError(text("cli_model_unknown", language, model=name))
 
 
 def _load_demo(language: str | None) -> Any:
@@ -524,7 +564,7 @@ def _load_demo(language: str | None) -> Any:
 
     folder = Path(__file__).resolve().parents[1] / "examples"
     if not (folder / "demo.py").is_file():
-        raise SubjectError(text("cli_no_demo", language, folder=folder))
+        raise CommandError(text("cli_no_demo", language, folder=folder))
     for package in ("diffusers", "safetensors"):
         require(package, language)
     sys.path.insert(0, str(folder))
@@ -540,40 +580,64 @@ def _load_demo(language: str | None) -> Any:
     return demo
 
 
-def _load_folder(folder: Path, request: PictureRequest, language: str | None) -> Subject:
+def _load_folder(folder: Path, request: Request, language: str | None) -> Subject:
     from .compare import require
 
     is_pipeline, is_model = (folder / "model_index.json").is_file(), (folder / "config.json").is_file()
     if not is_pipeline and not is_model:
-        raise SubjectError(text("cli_no_model_in_folder", language, folder=folder))
+        raise CommandError(text("cli_no_model_in_folder", language, folder=folder))
     diffusers = require("diffusers", language)
-    loader = diffusers.DiffusionPipeline if is_pipeline else diffusers.AutoModel
     try:
-        loaded = loader.from_pretrained(str(folder), local_files_only=True)
+        if is_pipeline:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), **_load_arguments(request), **_left_out(folder))
+            return PipelineSubject(pipeline.to(request.place()), request, language)
+        model = diffusers.AutoModel.from_pretrained(str(folder), **_load_arguments(request)).to(request.place())
     except Exception as error:
-        raise SubjectError(text("cli_not_loaded", language, model=folder, error=_told(error))) from error
-    if is_pipeline:
-        return PipelineSubject(loaded, request, language)
-    return Subject(loaded, falling_time(guess_inputs(loaded, language)))
+        raise CommandError(text("cli_not_loaded", language, model=folder, error=_told(error))) from error
+    return Subject(model, falling_time(guess_inputs(model, language)))
+
+
+def _load_arguments(request: Request) -> dict[str, Any]:
+    import torch
+
+    dtype = {} if request.dtype is None else {"torch_dtype": getattr(torch, request.dtype)}
+    return {"local_files_only": True, **dtype}
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """The components that a pipeline was saved without: diffusers (0.42) wants to be told of them again."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return {name: None for name, kind in index.items() if kind == [None, None]}
 
 
 def _load_function(module: str, function: str, name: str, language: str | None) -> Subject:
     try:
-        make = getattr(importlib.import_module(module), function)
-        model, inputs = make()
+        made = getattr(importlib.import_module(module), function)()
     except Exception as error:
-        raise SubjectError(text("cli_not_loaded", language, model=name, error=_told(error))) from error
-    if not callable(model) or not (callable(inputs) or isinstance(inputs, Mapping)):
-        raise SubjectError(text("cli_wrong_return", language, model=name, kinds=_kinds(model, inputs)))
+        raise CommandError(text("cli_not_loaded", language, model=name, error=_told(error))) from error
+    if not _is_model_with_inputs(made):
+        raise CommandError(text("cli_wrong_return", language, model=name, kinds=_kinds(made)))
+    model, inputs = made
     return Subject(model, (lambda step, steps: inputs(step)) if callable(inputs) else falling_time(inputs))
+
+
+def _is_model_with_inputs(made: object) -> bool:
+    from torch import nn
+
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
+        return False
+    return isinstance(made[0], nn.Module) and (callable(made[1]) or isinstance(made[1], Mapping))
+
+
+def _kinds(made: object) -> str:
+    """The class of what was returned; of a tuple, those of its parts."""
+    if isinstance(made, (tuple, list)):
+        return f"({', '.join(type(part).__name__ for part in made)})"
+    return type(made).__name__
 
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _kinds(*values: object) -> str:
-    return ", ".join(type(value).__name__ for value in values)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -603,7 +667,7 @@ def guess_inputs(model: Any, language: str | None) -> dict[str, Any]:
     """Small random inputs for a transformer of diffusers, by the names in its signature and its configuration.
 
     Raises:
-        SubjectError: the model accepts none of them.
+        CommandError: the model accepts none of them.
     """
     import torch
 
@@ -611,7 +675,7 @@ def guess_inputs(model: Any, language: str | None) -> dict[str, Any]:
     error: Exception | None = None
     for latents in _latents(model.config):
         guessed = {name: value for name, value in _values(model.config, latents).items() if name in names}
-        inputs = {name: value.to(model.dtype) if _is_float(value) else value for name, value in guessed.items()}
+        inputs = {name: _suited(value, model) for name, value in guessed.items()}
         try:
             with torch.no_grad():
                 first_tensor(model(**inputs))
@@ -620,7 +684,14 @@ def guess_inputs(model: Any, language: str | None) -> dict[str, Any]:
         else:
             return inputs
     told = "-" if error is None else _told(error)
-    raise SubjectError(text("cli_no_inputs", language, model=type(model).__name__, error=told))
+    raise CommandError(text("cli_no_inputs", language, model=type(model).__name__, error=told))
+
+
+def _suited(value: Any, model: Any) -> Any:
+    """A tensor on the model's device and, where floating, in its dtype; anything else as it is."""
+    if not hasattr(value, "to"):
+        return value
+    return value.to(model.device, model.dtype) if _is_float(value) else value.to(model.device)
 
 
 def _latents(config: Mapping[str, Any]) -> list[Tensor]:

@@ -58,8 +58,8 @@ def cache_dit_backend(
 class OwnedBackend:
     """The backend of models enabled by `enable_cache`: one object for equal programs, so that models share code."""
 
-    def __init__(self, program: ProgramOptions, mode: str | None) -> None:
-        self.program, self.mode = program, mode
+    def __init__(self, program: ProgramOptions, mode: str | None, capture: bool) -> None:
+        self.program, self.mode, self.capture = program, mode, capture
         self.__name__ = "cache_dit"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -70,9 +70,9 @@ class OwnedBackend:
 
 
 @functools.lru_cache(maxsize=256)
-def owned_backend(program: ProgramOptions, mode: str | None = None) -> OwnedBackend:
-    """The one backend object for these options: Dynamo compiles anew for each object."""
-    return OwnedBackend(program, mode)
+def owned_backend(program: ProgramOptions, mode: str | None = None, capture: bool = False) -> OwnedBackend:
+    """The one backend object for these options and this way of tracing: Dynamo compiles anew for each object."""
+    return OwnedBackend(program, mode, capture)
 
 
 class _OwnedCalls:

@@ -88,7 +88,7 @@ class Contender:
 
     Attributes:
         name: how tables call it.
-        run: (seed, steps, on_step) -> outputs ``[N, ...]`` on any device; calls ``on_step()`` after each step.
+        run: (seed, steps, on_step) -> outputs ``[N, ...]`` on any device; calls ``on_step()`` after each step where it can.
         stats: reads the statistics of its model; None where nothing is cached.
     """
 
@@ -105,7 +105,7 @@ class Run:
         seconds: from the call to the outputs in host memory.
         outputs: ``[N, ...]``, on the CPU.
         calls, hits: forward calls of the model, and those answered from the cache; 0 where nothing is cached.
-        computed: for each step whether the cached blocks computed; empty where nothing is cached.
+        computed: for each step whether the cached blocks computed; empty where nothing is cached or no step is told.
     """
 
     seconds: float
@@ -159,8 +159,10 @@ class StepWatch:
         self._stats, self._then = stats, then
         self._hits = stats().hits if stats is not None else 0
         self.computed: list[bool] = []
+        self.steps = 0
 
     def __call__(self) -> None:
+        self.steps += 1
         if self._stats is not None:
             hits = self._stats().hits
             self.computed.append(hits == self._hits)
@@ -174,7 +176,7 @@ def measure(
     """Run every contender from every seed, in turns: A B C A B C.
 
     Each first runs twice for a few steps, so that no timed run compiles. ``advance`` is called with the contender's
-    name at the start of each run and after each of its steps.
+    name at the start of each run, after its steps and at its end.
     """
     compile_seconds = [_prepare(contender, seeds[0], min(steps, WARM_UP_STEPS), advance) for contender in contenders]
     runs: list[list[Run]] = [[] for _ in contenders]
@@ -204,6 +206,7 @@ def _timed(contender: Contender, seed: int, steps: int, advance: Advance) -> Run
     start = perf_counter()
     outputs = contender.run(seed, steps, watch).cpu()
     seconds = perf_counter() - start
+    advance(contender.name, steps - watch.steps)
     if contender.stats is None or before is None:
         return Run(seconds, outputs, 0, 0, ())
     after = contender.stats()

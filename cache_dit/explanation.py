@@ -76,7 +76,8 @@ class GraphReport:
         if self.reason is None:
             return ""
         key = f"refusal_{self.reason}"
-        return text(key if key in TEXTS else "refusal_other", language, detail=self.detail, reason=self.reason)
+        why = text(key if key in TEXTS else "refusal_other", language, detail=self.detail, reason=self.reason)
+        return why if self.break_reason is None else f"{why}; {text('explain_break', language, reason=self.break_reason)}"
 
 
 def describe_region(region: Region, inputs: CacheInputs) -> RegionReport:

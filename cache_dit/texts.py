@@ -94,6 +94,10 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     ),
     # Compilation.
     "compiling": ("正在编译，仅首次调用需要等待…", "compiling, first call only…"),
+    "capturing_more": (
+        "各个块被拆到了不同的图中，将在捕获标量读取和动态大小的情况下重新追踪一次",
+        "the blocks came apart into several graphs; tracing once more with scalar reads and data-dependent sizes captured",
+    ),
     "compiled": ("编译完成，用时 {seconds:.1f} 秒", "compiled in {seconds:.1f} s"),
     "recompiling": ("正在重新编译，发生变化的是: {what}", "recompiling; what changed: {what}"),
     # A call under debug=True.
@@ -331,6 +335,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     ),
     "cli_help_prompt": ("管线的提示词", "prompt for a pipeline"),
     "cli_help_size": ("管线图片的尺寸（像素）", "size of a pipeline's pictures, in pixels"),
+    "cli_help_device": (
+        "载入文件夹时使用的设备，例如 cuda（默认: 有 GPU 时为 GPU）",
+        "device for what is loaded from a folder, such as cuda (default: a GPU where there is one)",
+    ),
+    "cli_help_dtype": ("载入文件夹时使用的数据类型", "dtype for what is loaded from a folder"),
     "cli_help_region": ("缓存部分的模块路径", "module path, or two, of the part to cache"),
     "cli_help_inner": ("内部编译器（默认 {default}）", "inner compiler (default {default})"),
     "cli_help_steps": ("每次采样的步数（默认 28）", "steps of a run (default 28)"),

@@ -154,6 +154,29 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     return lambda gm, examples: compiler(gm, examples, **({"options": options} if options else {}))
 
 
+def capturing_more(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function whose compilations trace through host reads of tensors and data-dependent sizes.
+
+    The flags are set during the calls alone. They are no safe default: some models compile without them only.
+    """
+    from torch._dynamo import config
+
+    patch: Any = config.patch
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def is_tracing_failure(error: BaseException) -> bool:
+    """Whether an exception is Dynamo's or the backend's, and not the model's own."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
 def is_tracer_signal(error: Exception) -> bool:
     """Whether an exception is Dynamo's own way of asking for something (to restart, to skip), and no failure."""
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException

@@ -435,7 +435,7 @@ def _written_live_ins(nodes: Sequence[fx.Node], order: Sequence[fx.Node]) -> tup
         root = _storage_owner(mutated_argument(node), inside)
         if root is None or root in inside:
             continue
-        others = _sharing_memory(root, order) - inside - {root}
+        others = _sharing_memory(root, order, inside) - {root}
         read_elsewhere = any(place[user] >= begin for other in others for user in other.users)
         owned = all(map(is_compute, others)) and is_compute(root)
         if not owned or _may_alias(root) or read_elsewhere or any(place[user] > end for user in root.users):
@@ -456,8 +456,11 @@ def _storage_owner(node: fx.Node | None, inside: set[fx.Node]) -> fx.Node | None
     return node
 
 
-def _sharing_memory(node: fx.Node, order: Sequence[fx.Node]) -> set[fx.Node]:
-    """Every node whose result lies in the memory of ``node``'s: views and in-place results, on both sides of it."""
+def _sharing_memory(node: fx.Node, order: Sequence[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """The nodes outside whose results lie in the memory of ``node``'s: views and in-place results, on both sides of it.
+
+    What is made of it inside the region is not followed: it will lie in the copy.
+    """
     owner = _storage_owner(node, set(order))
     found = {node} if owner is None else {owner}
     stack = list(found)
@@ -465,7 +468,7 @@ def _sharing_memory(node: fx.Node, order: Sequence[fx.Node]) -> set[fx.Node]:
         current = stack.pop()
         for user in current.users:
             views = _may_alias(user) and user.all_input_nodes[0] is current
-            if user not in found and (views or mutated_argument(user) is current):
+            if user not in found and user not in inside and (views or mutated_argument(user) is current):
                 found.add(user)
                 stack.append(user)
     return found

@@ -76,10 +76,11 @@ def noise(shape: Sequence[Any], count: Any, key: Value, stream: int, device: tor
 
     A counter-based generator: the place is mixed with the key by two rounds of an integer hash (the 32-bit finalizer
     with constant 0x45d9f3b), and two 24-bit uniform numbers become one normal number (Box and Muller, 1958). No state is
-    read or written, so the user's random generators stay where they were.
+    read or written, so the user's random generators stay where they were. The place is mixed before the key comes in:
+    two keys alike in their upper bits would else give the same numbers in another order.
     """
     place = torch.arange(count, device=device, dtype=torch.int64)
-    first = _mixed(_mixed(place ^ key) + (stream * _GOLDEN & 0x7FFFFFFF))
+    first = _mixed((_mixed(place) ^ key) + (stream * _GOLDEN & 0x7FFFFFFF))
     second = _mixed(first + _GOLDEN)
     radius = torch.sqrt(-2.0 * torch.log(_uniform(first, accumulate)))
     angle = 6.283185307179586 * _uniform(second, accumulate)

@@ -400,6 +400,11 @@ class Captured:
     gm: fx.GraphModule
     inputs: tuple[Any, ...]
 
+    def fed(self, **values: Tensor) -> tuple[Any, ...]:
+        """The inputs with some of the model's arguments replaced."""
+        names = [node.name for node in self.gm.graph.nodes if node.op == "placeholder"]
+        return tuple(values.get(name[2:-1], value) for name, value in zip(names, self.inputs, strict=True))
+
     def copy(self) -> fx.GraphModule:
         """A copy to rewrite."""
         return copy_dynamo_graph(self.gm)

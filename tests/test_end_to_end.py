@@ -51,7 +51,7 @@ def _dit() -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
     return DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=4, sample_size=8, patch_size=2
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=3, sample_size=8, patch_size=2
     )
 
 
@@ -70,7 +70,7 @@ def _flux() -> nn.Module:
         patch_size=1,
         in_channels=4,
         num_layers=2,
-        num_single_layers=3,
+        num_single_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=8,
@@ -98,7 +98,7 @@ def _sd3() -> nn.Module:
         sample_size=8,
         patch_size=2,
         in_channels=4,
-        num_layers=4,
+        num_layers=3,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=8,
@@ -127,7 +127,7 @@ def _pixart() -> nn.Module:
         attention_head_dim=8,
         in_channels=4,
         out_channels=8,
-        num_layers=4,
+        num_layers=3,
         cross_attention_dim=16,
         sample_size=8,
         caption_channels=8,
@@ -184,16 +184,20 @@ def hits_of(model: object, call: Callable[[], Any]) -> tuple[bool, Any]:
     return cache_dit.get_stats(model).hits > before, result
 
 
-# Every pair of the four properties is there once.
+# Every pair of the first three properties is there.
 COMBINATIONS = [
     ("dit", torch.float32, torch.no_grad, "specialize", False),
-    ("dit", torch.bfloat16, torch.inference_mode, "cond", True),
-    ("flux", torch.float32, torch.inference_mode, "specialize", True),
+    ("dit", torch.bfloat16, torch.inference_mode, "cond", False),
+    ("flux", torch.float32, torch.inference_mode, "specialize", False),
     ("flux", torch.bfloat16, torch.no_grad, "cond", False),
-    ("sd3", torch.float32, torch.no_grad, "cond", True),
+    ("sd3", torch.float32, torch.no_grad, "cond", False),
     ("sd3", torch.bfloat16, torch.inference_mode, "specialize", False),
     ("pixart", torch.float32, torch.inference_mode, "cond", False),
     ("pixart", torch.bfloat16, torch.no_grad, "specialize", True),
+    # tracing these for dynamic shapes takes torch half a minute each
+    pytest.param("dit", torch.bfloat16, torch.inference_mode, "cond", True, marks=pytest.mark.slow),
+    pytest.param("flux", torch.float32, torch.inference_mode, "specialize", True, marks=pytest.mark.slow),
+    pytest.param("sd3", torch.float32, torch.no_grad, "cond", True, marks=pytest.mark.slow),
 ]
 
 
@@ -207,7 +211,7 @@ def test_diffusers_models_agree_with_caching_written_in_eager(
     plain, reference = copy.deepcopy(model), copy.deepcopy(model)
     eager = EagerCache([block for path in case.lists for block in getattr(reference, path)], case.streams)
     cache_dit.enable_cache(model, lowering=lowering, strict=True, **EXACT)
-    sizes = [(2, 8), (3, 12), (4, 16)] if moving else [(2, 8), (2, 8)]
+    sizes = [(2, 8), (3, 12), (4, 16)] if moving else [(2, 8)] * 2
     found = []
     for batch, size in sizes:
         for step, time in enumerate(range(900, 100, -100)):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..backend import OwnedBackend
-from ..torch_internals import compile_limits
+from ..backend import OwnedBackend, owned_backend
+from ..torch_internals import capturing_more, compile_limits, is_tracing_failure
 from .program import TIME_NAMES, read_time
-from .session import Session, active_session
+from .session import Capture, Session, active_session
 
 
 class CachedCall:
@@ -22,6 +22,7 @@ class CachedCall:
         self._module, self._backend = module, backend
         self._compiled: Callable[..., Any] | None = None
         self._call: Callable[..., Any] | None = None
+        self._capture = session.capture
         self._time_name, self._time_place = _time_argument(module)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         session.call_time = self._time
@@ -37,21 +38,36 @@ class CachedCall:
         session = self.session
         compiled = self._compiled
         if compiled is None:
-            compiled = self._compiled = torch.compile(self._module._call_impl, backend=self._backend, **compile_limits())
+            compiled = self._compiled = self._compile(capture=False)
+        result: Any = None
         with session.lock:
             token = active_session.set(session)
             self._arguments = (args, kwargs)
             session.begin()
             try:
                 result = compiled(*args, **kwargs)
-            except BaseException:
+            except BaseException as error:
                 session.abort()
-                raise
+                if not (session.capture is Capture.MORE and is_tracing_failure(error)):
+                    raise
+                session.capture = Capture.IN_VAIN
+            else:
+                session.end()
             finally:
                 self._arguments = ((), {})
                 active_session.reset(token)
-            session.end()
+            if session.capture is not self._capture:
+                self._capture = session.capture
+                session.uncached_graphs.clear()
+                self._compiled = self._compile(capture=session.capture is Capture.MORE)
+                return result if result is not None else self._bracketed(*args, **kwargs)
         return result
+
+    def _compile(self, capture: bool) -> Callable[..., Any]:
+        """The compiled model; ``capture`` lets the tracer take in reads of tensors and sizes that depend on data."""
+        backend = owned_backend(self._backend.program, self._backend.mode, capture) if capture else self._backend
+        compiled: Callable[..., Any] = torch.compile(self._module._call_impl, backend=backend, **compile_limits())
+        return capturing_more(compiled) if capture else compiled
 
     def _time(self) -> float | None:
         """The timestep among the arguments of this call, by the name it has in the model's signature."""

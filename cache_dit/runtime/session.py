@@ -7,11 +7,13 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import NoBlocksError
+from ..explanation import GraphReport
 from ..forecasts import FORECASTS, Point, choose_forecast, forecast_error
 from ..messages import SaidOnce, announce
 from ..options import CacheOptions
@@ -31,10 +33,20 @@ AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
 MAX_CONTROLS = 512
 # Contexts kept: a server may name each request.
 MAX_CONTEXTS = 64
+# Refusals that tracing more in one graph may mend: the blocks may have come apart.
+CAPTURE_MAY_HELP = frozenset({"no_blocks", "nothing_left"})
 COMPUTE_FIRST = Decision(False, "first_call")
 
 active_session: ContextVar[Session | None] = ContextVar("cache_dit_active_session", default=None)
 context_names: ContextVar[Mapping[int, str]] = ContextVar("cache_dit_context_names", default={})  # noqa: B039
+
+
+class Capture(Enum):
+    """How a model is traced: as torch does by default; with host reads captured too; by default since that did not help."""
+
+    DEFAULT = "default"
+    MORE = "more"
+    IN_VAIN = "in vain"
 
 
 class RunSource(Protocol):
@@ -91,6 +103,7 @@ class Session:
     def __init__(self, options: CacheOptions, name: str, *, owns_calls: bool) -> None:
         self.options, self.name, self.owns_calls = options, name, owns_calls
         self.enabled = True
+        self.capture = Capture.DEFAULT
         self.lock = threading.RLock()
         self.counters = Counters(timed=options.enable_stats)
         self.timer = CallTimer(self.counters)
@@ -503,10 +516,25 @@ class Session:
         else:
             key = "no_region"
         self.counters.refuse(key)
+        if key == "no_region" and self._tries_capture(reasons):
+            return
         details = "; ".join(dict.fromkeys(report.refusal_text(self.options.language) for report in reasons))
         if self.options.strict and key == "no_region":
             raise NoBlocksError(text(key, self.options.language, details=details))
         self.said.warn(key, details=details)
+
+    def _tries_capture(self, reports: Sequence[GraphReport]) -> bool:
+        """Where the blocks came apart into several graphs, trace once more with more captured; True if that is to come.
+
+        Graph breaks are no sign of it: where Dynamo gives a frame up and compiles the blocks one by one it counts none.
+        """
+        if self.capture is Capture.DEFAULT and any(report.reason in CAPTURE_MAY_HELP for report in reports):
+            self.capture = Capture.MORE
+            announce(text("capturing_more", self.options.language))
+            return True
+        if self.capture is Capture.MORE:
+            self.capture = Capture.IN_VAIN
+        return False
 
     def _log(self, forward: Forward) -> None:
         tick = forward.tick

@@ -99,12 +99,15 @@ out: h_2 = h + ..., context_2 = context + ...""",
 
 
 def test_a_tuple_that_travels_through_the_blocks_leaves_in_parts() -> None:
-    assert_expected_inline(described(find_region(traced_variant("tuple").gm)), """\
+    assert_expected_inline(
+        described(find_region(traced_variant("tuple").gm)),
+        """\
 front: double_blocks.0
 cached: double_blocks.1 double_blocks.2
 back:
 in: context_1 t x_1
-out: h = x_1 + ..., context_3 = context_1 + ...""")
+out: h = x_1 + ..., context_3 = context_1 + ...""",
+    )
 
 
 def test_a_long_skip_changes_the_stream_so_the_base_is_told_by_shape() -> None:

@@ -1,0 +1,542 @@
+"""The cond form: what a computed step stores and measures, and what a skipped one predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from cache_dit.passes import (
+    BranchOptions,
+    CacheInputs,
+    Refusal,
+    choose_region,
+    find_blocks,
+    insert_cache_branch,
+    outline_region,
+)
+from cache_dit.passes.residual_math import noise, statistics_length
+from expecttest import assert_expected_inline
+from torch import Tensor, fx, nn
+
+from tests.models import (
+    VARIANTS,
+    CacheState,
+    Captured,
+    SimpleBlock,
+    Stack,
+    TinyDiT,
+    compact,
+    example,
+    find_region,
+    rewrite,
+    run,
+    seeded,
+    traced,
+    traced_variant,
+)
+
+CPU = torch.device("cpu")
+
+
+class Branched:
+    """A graph in the cond form, its cache, and what its region gave and was based on in the original."""
+
+    def __init__(self, captured: Captured, options: BranchOptions | None = None, **wanted: object) -> None:
+        self.captured = captured
+        self.gm = captured.copy()
+        self.region, self.inputs = rewrite(self.gm, options, **wanted)
+        self.state = CacheState(self.inputs)
+        self.count = len(run(captured.copy(), captured.inputs))
+
+    def __call__(self, inputs: tuple[Tensor, ...] | None = None, **decision: object) -> tuple[Tensor, ...]:
+        operands = self.state.operands(**decision)  # type: ignore[arg-type]
+        return run(self.gm, [*(inputs or self.captured.inputs), *operands])
+
+    def computed(self, inputs: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+        """A computed step, with the bookkeeping of the runtime behind it."""
+        outputs = self(inputs, compute=True)
+        self.state.computed(outputs[self.count])
+        return outputs
+
+    def truth(self, inputs: tuple[Tensor, ...] | None = None) -> list[tuple[Tensor, Tensor | None]]:
+        """(output, base) of each live-out, read from the original graph."""
+        gm = self.captured.copy()
+        named = {node.name: node for node in gm.graph.nodes}
+        wanted = [named[node.name] for out in self.region.live_outs for node in (out.node, out.base) if node is not None]
+        next(iter(reversed(gm.graph.nodes))).args = (tuple(wanted),)
+        values = iter(run(gm, inputs or self.captured.inputs))
+        return [(next(values), next(values) if out.base is not None else None) for out in self.region.live_outs]
+
+    def residuals(self, inputs: tuple[Tensor, ...] | None = None) -> list[Tensor]:
+        return [output if base is None else output - base for output, base in self.truth(inputs)]
+
+
+def test_snapshot() -> None:
+    gm = traced_variant("stack").copy()
+    rewrite(gm, front=1, back=1)
+    assert_expected_inline(compact(gm), """\
+(x, t, cache_pred, cache_control, cache_key, cache_measured, cache_residual_0_0)
+%0 = linear(x, w, w)
+%1 = getitem(t, (:, None, None))
+%2 = linear(%0, w, w)
+%3 = tanh(%2)
+%4 = mul(%3, %1)
+%5 = add(%0, %4)
+%6 = cond(cache_pred, cache_compute, cache_reuse, (cache_control, cache_key, cache_measured, cache_residual_0_0, %5, %1, w...))
+%7 = getitem(%6, 1)
+%8 = getitem(%6, 0)
+%9 = linear(%8, w, w)
+%10 = tanh(%9)
+%11 = mul(%10, %1)
+%12 = add(%8, %11)
+%13 = linear(%12, w, w)
+return (%13, %7)
+
+cache_compute:
+(cache_control, cache_key, cache_measured, cache_residual_0_0, h, getitem)
+%0 = linear(h, w, w)
+%1 = tanh(%0)
+%2 = mul(%1, getitem)
+%3 = add(h, %2)
+%4 = .to(%3, torch.float32)
+%5 = .to(h, torch.float32)
+%6 = sub(%4, %5)
+%7 = .to(%6, torch.float32)
+%8 = isfinite(%7)
+%9 = zeros_like(%7)
+%10 = where(%8, %7, %9)
+%11 = .to(%10, torch.float32)
+%12 = getattr(%11, device)
+%13 = .to(cache_residual_0_0, %12)
+%14 = .to(%13, torch.float32)
+%15 = sub(%11, %14)
+%16 = invert(%8)
+%17 = .sum(%16)
+%18 = .to(%17, torch.float32)
+%19 = mul(%11, %11)
+%20 = .mean(%19)
+%21 = mul(%15, %15)
+%22 = .mean(%21)
+%23 = .copy_(cache_residual_0_0, %10)
+%24 = .clone(%3, memory_format=torch.contiguous_format)
+%25 = stack((%18, %20, %22))
+return (%24, %25)
+
+cache_reuse:
+(cache_control, cache_key, cache_measured, cache_residual_0_0, h, getitem)
+%0 = .to(cache_residual_0_0, cpu)
+%1 = .to(%0, torch.float32)
+%2 = getitem(cache_control, 0)
+%3 = mul(%1, %2)
+%4 = .to(h, torch.float32)
+%5 = add(%4, %3)
+%6 = .to(%5, torch.float32)
+%7 = zeros_like(cache_measured)
+return (%6, %7)""")
+
+
+def test_snapshot_of_a_forecast_with_noise_and_the_front_clock() -> None:
+    gm = traced_variant("stack").copy()
+    rewrite(gm, BranchOptions(history=2, noise=True, front_clock=True, residual_dtype=torch.bfloat16), front=1, back=1)
+    lines = compact(gm).splitlines()
+    reuse = lines.index("cache_reuse:")
+    assert_expected_inline("\n".join([*lines[: lines.index("cache_compute:")], *lines[reuse:]]), """\
+(x, t, cache_pred, cache_control, cache_key, cache_measured, cache_front, cache_residual_0_0, cache_residual_0_1)
+%0 = linear(x, w, w)
+%1 = getitem(t, (:, None, None))
+%2 = linear(%0, w, w)
+%3 = tanh(%2)
+%4 = mul(%3, %1)
+%5 = add(%0, %4)
+%6 = cond(cache_pred, cache_compute, cache_reuse, (cache_control, cache_key, cache_measured, cache_residual_0_0, cache_residual_0_1, %5, %1, w...))
+%7 = getitem(%6, 1)
+%8 = .to(%5, torch.float32)
+%9 = .to(cache_front, torch.float32)
+%10 = sub(%8, %9)
+%11 = .abs(%10)
+%12 = .mean(%11)
+%13 = .abs(%9)
+%14 = .mean(%13)
+%15 = stack((%12, %14))
+%16 = .copy_(cache_front, %5)
+%17 = getitem(%6, 0)
+%18 = linear(%17, w, w)
+%19 = tanh(%18)
+%20 = mul(%19, %1)
+%21 = add(%17, %20)
+%22 = linear(%21, w, w)
+return (%22, %7, %15)
+
+cache_reuse:
+(cache_control, cache_key, cache_measured, cache_residual_0_0, cache_residual_0_1, h, getitem)
+%0 = .to(cache_residual_0_0, cpu)
+%1 = .to(%0, torch.float32)
+%2 = getitem(cache_control, 0)
+%3 = mul(%1, %2)
+%4 = .to(cache_residual_0_1, cpu)
+%5 = .to(%4, torch.float32)
+%6 = getitem(cache_control, 1)
+%7 = mul(%5, %6)
+%8 = add(%3, %7)
+%9 = getitem(cache_measured, 1)
+%10 = getitem(cache_control, 2)
+%11 = sqrt(%9)
+%12 = mul(%10, %11)
+%13 = .numel(%8)
+%14 = arange(%13, device=cpu, dtype=torch.int64)
+%15 = and_(%14, 4294967295)
+%16 = rshift(%15, 16)
+%17 = xor(%16, %15)
+%18 = mul(%17, 73244475)
+%19 = and_(%18, 4294967295)
+%20 = rshift(%19, 16)
+%21 = xor(%20, %19)
+%22 = mul(%21, 73244475)
+%23 = and_(%22, 4294967295)
+%24 = rshift(%23, 16)
+%25 = xor(%24, %23)
+%26 = xor(%25, cache_key)
+%27 = add(%26, 0)
+%28 = and_(%27, 4294967295)
+%29 = rshift(%28, 16)
+%30 = xor(%29, %28)
+%31 = mul(%30, 73244475)
+%32 = and_(%31, 4294967295)
+%33 = rshift(%32, 16)
+%34 = xor(%33, %32)
+%35 = mul(%34, 73244475)
+%36 = and_(%35, 4294967295)
+%37 = rshift(%36, 16)
+%38 = xor(%37, %36)
+%39 = add(%38, 506952121)
+%40 = and_(%39, 4294967295)
+%41 = rshift(%40, 16)
+%42 = xor(%41, %40)
+%43 = mul(%42, 73244475)
+%44 = and_(%43, 4294967295)
+%45 = rshift(%44, 16)
+%46 = xor(%45, %44)
+%47 = mul(%46, 73244475)
+%48 = and_(%47, 4294967295)
+%49 = rshift(%48, 16)
+%50 = xor(%49, %48)
+%51 = rshift(%38, 8)
+%52 = .to(%51, torch.float32)
+%53 = add(%52, 0.5)
+%54 = mul(%53, 5.960464477539063e-08)
+%55 = log(%54)
+%56 = mul(-2.0, %55)
+%57 = sqrt(%56)
+%58 = rshift(%50, 8)
+%59 = .to(%58, torch.float32)
+%60 = add(%59, 0.5)
+%61 = mul(%60, 5.960464477539063e-08)
+%62 = mul(6.283185307179586, %61)
+%63 = cos(%62)
+%64 = mul(%57, %63)
+%65 = getattr(%8, shape)
+%66 = .reshape(%64, %65)
+%67 = mul(%12, %66)
+%68 = add(%8, %67)
+%69 = .to(h, torch.float32)
+%70 = add(%69, %68)
+%71 = .to(%70, torch.float32)
+%72 = zeros_like(cache_measured)
+return (%71, %72)""")
+
+
+def test_a_graph_without_an_outlined_region_is_the_callers_mistake() -> None:
+    gm = traced_variant("stack").copy()
+    region = find_region(gm)
+    with pytest.raises(AssertionError, match="outlined"):
+        insert_cache_branch(gm, region, BranchOptions())
+    outline_region(gm, region)
+    insert_cache_branch(gm, region, BranchOptions())
+    with pytest.raises(AssertionError, match="outlined"):
+        insert_cache_branch(gm, region, BranchOptions())
+
+
+def test_a_second_run_of_the_analyses_finds_nothing_more_to_cache() -> None:
+    gm = traced_variant("stack").copy()
+    rewrite(gm)
+    assert choose_region(gm, find_blocks(gm)) == Refusal("no_blocks")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_computed_step_gives_the_same_bits_and_stores_the_residual(name: str) -> None:
+    branched = Branched(traced_variant(name), BranchOptions(history=2))
+    expected = run(branched.captured.copy(), branched.captured.inputs)
+    outputs = branched(compute=True)
+    assert len(outputs) == len(expected) + 1
+    for output, value in zip(outputs, expected, strict=False):
+        assert torch.equal(output, value)
+    for history, residual in zip(branched.state.residuals, branched.residuals(), strict=True):
+        assert torch.equal(history[1], residual)
+        assert not history[0].any()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_skipped_step_repeats_the_computed_one(name: str) -> None:
+    branched = Branched(traced_variant(name))
+    expected = branched.computed()
+    before = branched.state.snapshot()
+    outputs = branched(compute=False)
+    for output, value in zip(outputs[: branched.count], expected, strict=False):
+        torch.testing.assert_close(output, value, rtol=1e-5, atol=1e-6)
+        assert output.stride() == value.stride()
+    assert all(torch.equal(a, b) for a, b in zip(branched.state.snapshot(), before, strict=True)), "reuse writes nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_skipped_step_adds_the_weighted_residuals_to_the_base(dtype: torch.dtype) -> None:
+    captured = traced(seeded(Stack, dtype), *example(dtype))
+    branched = Branched(captured, BranchOptions(history=3), front=1, back=1)
+    assert branched.inputs.accumulate == dtype
+    branched.state.fill()
+    weights = (1.75, -1.0, 0.25)
+    base = branched.truth()[0][1]
+    assert base is not None
+    stored = branched.state.residuals[0]
+    exact = base.double() + sum(w * r.double() for w, r in zip(weights, stored, strict=True))
+    exposed = branched.captured.copy()
+    region, _ = rewrite(exposed, BranchOptions(history=3), front=1, back=1)
+    (out,) = [node for node in exposed.graph.nodes if node.op == "call_function" and node.args[1:] == (0,)][-1:]
+    next(iter(reversed(exposed.graph.nodes))).args = ((out,),)
+    (value,) = run(exposed, [*captured.inputs, *branched.state.operands(compute=False, weights=weights)])
+    assert region.cached == ("blocks.1",)
+    assert value.dtype == dtype
+    tolerance = 1e-15 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(value.double(), exact, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_unused_weights_of_zero_leave_finite_buffers_out() -> None:
+    branched = Branched(traced_variant("stack"), BranchOptions(history=2))
+    branched.computed()
+    branched.state.residuals[0][1].fill_(1e30)
+    first = branched(compute=False, weights=(1.0,))[0]
+    branched.state.residuals[0][1].zero_()
+    assert torch.equal(branched(compute=False, weights=(1.0,))[0], first)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("tiny", torch.float32), ("two_streams", torch.float32), ("tiny", torch.float64)])
+def test_the_numbers_measured_against_float64(name: str, dtype: torch.dtype) -> None:
+    branched = Branched(traced_variant(name, dtype), BranchOptions(history=2))
+    inputs = [branched.captured.inputs]
+    x, t = next(v for v in inputs[0] if v.shape[-1] == 4 and v.dim() == 3), example(dtype)[1]
+    inputs += [branched.captured.fed(x=x * (1 + 0.1 * k), t=t - 0.1 * k) for k in (1, 2)]
+    for each in inputs:
+        measured = branched.computed(each)[branched.count]
+    streams = [
+        [np.asarray(residuals[j].double()) for residuals in map(branched.residuals, inputs)]
+        for j in range(len(branched.state.residuals))
+    ]
+    expected = []
+    for oldest, older, newest in streams:
+        first, second = newest - older, older - oldest
+        expected += [0.0, (newest**2).mean(), (first**2).mean(), (first * second).mean(), (second**2).mean()]
+    assert measured.dtype == dtype
+    assert len(measured) == len(streams) * statistics_length(2)
+    np.testing.assert_allclose(np.asarray(measured.double()), expected, rtol=1e-4 if dtype == torch.float32 else 1e-11)
+
+
+def test_what_is_not_finite_inside_the_region_is_stored_as_zero_and_counted() -> None:
+    captured = traced_variant("stack")
+    weights = [node.name for node in captured.gm.graph.nodes if node.op == "placeholder"]
+    place = next(i for i, name in enumerate(weights) if "blocks_modules_1_modules_mlp_parameters_bias" in name)
+    broken = list(captured.inputs)
+    broken[place] = broken[place].detach().clone()
+    broken[place][2] = float("nan")
+    branched = Branched(Captured(captured.gm, tuple(broken)), front=1, back=1)
+    outputs = branched.computed()
+    expected = run(captured.copy(), broken)
+    torch.testing.assert_close(outputs[0], expected[0], rtol=0.0, atol=0.0, equal_nan=True)
+    (residual,), (truth,) = branched.state.residuals[0], branched.residuals()
+    assert truth.isnan().any()
+    assert torch.equal(residual, truth.nan_to_num(0.0))
+    assert float(outputs[1][0]) == float(truth.isnan().sum())
+    assert branched(compute=False)[0].isfinite().all()
+
+
+def test_buffers_rotate_so_that_each_holds_one_step() -> None:
+    captured = traced_variant("stack")
+    branched = Branched(captured, BranchOptions(history=3))
+    inputs = [captured.fed(x=example(seed=seed)[0]) for seed in range(5)]
+    for each in inputs:
+        branched.computed(each)
+    for k in range(3):
+        torch.testing.assert_close(branched.state.residuals[0][k], branched.residuals(inputs[4 - k])[0], rtol=0.0, atol=0.0)
+
+
+def test_a_live_out_without_a_base_is_cached_whole() -> None:
+    branched = Branched(traced_variant("stack"), named=("head", "head"))
+    assert branched.region.live_outs[0].base is None
+    expected = branched.computed()[0]
+    assert torch.equal(branched.state.residuals[0][0], expected)
+    moved = branched.captured.fed(x=example(seed=5)[0])
+    assert torch.equal(branched(moved, compute=False)[0], expected)
+
+
+def test_residuals_may_be_kept_in_a_smaller_dtype() -> None:
+    branched = Branched(traced_variant("stack"), BranchOptions(residual_dtype=torch.bfloat16))
+    assert [buffer.dtype for buffer in branched.inputs.residuals] == [torch.bfloat16]
+    expected = branched.computed()
+    assert torch.equal(branched.state.residuals[0][0], branched.residuals()[0].bfloat16())
+    output = branched(compute=False)[0]
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected[0], rtol=0.02, atol=0.02)
+    assert not torch.equal(output, expected[0])
+
+
+def test_the_inputs_say_what_is_to_be_held() -> None:
+    gm = traced_variant("two_streams").copy()
+    _, inputs = rewrite(gm, BranchOptions(history=2, front_clock=True, residual_device="cpu"))
+    assert isinstance(inputs, CacheInputs)
+    assert [tuple(buffer.sizes) for buffer in inputs.residuals] == [(2, 6, 8), (2, 3, 8)]
+    assert inputs.front is not None and tuple(inputs.front.sizes) == (2, 6, 8)
+    assert (inputs.history, inputs.accumulate, inputs.device) == (2, torch.float32, CPU)
+    added = [node for node in gm.graph.nodes if node.op == "placeholder" and node.name.startswith("cache_")]
+    assert [node.name for node in added] == [
+        *("cache_pred", "cache_control", "cache_key", "cache_measured", "cache_front"),
+        *("cache_residual_0_0", "cache_residual_0_1", "cache_residual_1_0", "cache_residual_1_1"),
+    ]
+    assert all(node._dynamo_source is None for node in added)
+    state = CacheState(inputs)
+    shapes = [tuple(operand.shape) for operand in state.operands(compute=True)]
+    assert shapes == [tuple(node.meta["example_value"].shape) for node in added]
+    assert [o.dtype for o in state.operands(compute=True)] == [node.meta["example_value"].dtype for node in added]
+
+
+def test_the_front_clock_measures_how_far_the_front_moved() -> None:
+    captured = traced_variant("stack")
+    branched = Branched(captured, BranchOptions(front_clock=True))
+    before = branched.truth()[0][1]
+    assert before is not None and branched.state.front is not None
+    outputs = branched.computed()
+    assert len(outputs) == 3
+    assert float(outputs[2][0]) == pytest.approx(float(before.abs().mean())), "against the zeros it began with"
+    assert float(outputs[2][1]) == 0.0
+    assert torch.equal(branched.state.front, before)
+    moved = captured.fed(x=example(seed=3)[0])
+    now = branched.truth(moved)[0][1]
+    assert now is not None
+    change = branched(moved, compute=False)[2]
+    exact = [float((now.double() - before.double()).abs().mean()), float(before.double().abs().mean())]
+    assert change.tolist() == pytest.approx(exact, rel=1e-5)
+    assert torch.equal(branched.state.front, now), "kept in skipped steps too"
+
+
+def test_noise_is_scaled_by_the_residual_and_set_by_its_key() -> None:
+    branched = Branched(traced_variant("stack"), BranchOptions(noise=True), named=("blocks.1", "head"))
+    measured = branched.computed()[1]
+    state = torch.get_rng_state()
+    calm = branched(compute=False, noise=0.0, key=7)[0]
+    noisy = branched(compute=False, noise=0.01, key=7)[0]
+    rms = float(branched.residuals()[0].double().pow(2).mean().sqrt())
+    assert float(measured[1]) ** 0.5 == pytest.approx(rms, rel=1e-5)
+    expected = 0.01 * rms * noise(calm.shape, calm.numel(), torch.tensor(7), 0, CPU, torch.float32)
+    torch.testing.assert_close(noisy - calm, expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(branched(compute=False, noise=0.01, key=7)[0], noisy)
+    assert not torch.equal(branched(compute=False, noise=0.01, key=8)[0], noisy)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_live_out_has_noise_of_its_own() -> None:
+    branched = Branched(traced_variant("two_streams", torch.float64), BranchOptions(noise=True))
+    nested = branched.gm.get_submodule("cache_reuse")
+    branched.computed()
+    operands = branched.state.operands(compute=False, noise=0.1, key=3)[1:]
+    cond = next(node for node in branched.gm.graph.nodes if node.target is torch.ops.higher_order.cond)
+    live_ins = [
+        torch.zeros(tuple(node.meta["example_value"].shape), dtype=torch.float64) for node in cond.args[3][len(operands) :]
+    ]
+    nested.recompile()
+    first, second, _ = nested(*operands, *live_ins)
+    for j, output in enumerate((first, second)):
+        stored = branched.state.residuals[j][0]
+        normal = (output - stored) / (0.1 * stored.pow(2).mean().sqrt())
+        expected = noise(normal.shape, normal.numel(), torch.tensor(3), j, CPU, torch.float64)
+        torch.testing.assert_close(normal, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_both_branches_give_the_layout_of_the_original() -> None:
+    class ChannelsFirst(Stack):
+        def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+            h = self.blocks[0](h, t).transpose(1, 2)
+            for block in self.blocks[1:]:
+                h = h + block(h.transpose(1, 2), t).transpose(1, 2)
+            return h.transpose(1, 2)
+
+    branched = Branched(traced(seeded(ChannelsFirst), *example()))
+    example_value = branched.region.live_outs[0].node.meta["example_value"]
+    assert not example_value.is_contiguous()
+    for name in ("cache_compute", "cache_reuse"):
+        branch = branched.gm.get_submodule(name)
+        branch.recompile()
+        cond = next(node for node in branched.gm.graph.nodes if node.target is torch.ops.higher_order.cond)
+        operands = branched.state.operands(compute=True)[1:]
+        live_ins = [torch.ones(node.meta["example_value"].shape) for node in cond.args[3][len(operands) :]]
+        with torch.no_grad():
+            out = branch(*operands, *live_ins)[0]
+        assert out.stride() == example_value.stride(), name
+
+
+class Clashing(Stack):
+    """Variables that have the names of cache inputs and live across the border of the region."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        cache_key = torch.sin(t)[:, None, None]
+        cache_control = self.embed(x)
+        cache_measured = self.blocks[0](cache_control, cache_key)
+        cache_residual_0_0 = self.blocks[1](cache_measured, cache_key)
+        return self.head(self.blocks[2](cache_residual_0_0, cache_key))
+
+
+def test_variables_with_the_names_of_cache_inputs_do_no_harm() -> None:
+    branched = Branched(traced(seeded(Clashing), *example()))
+    expected = run(branched.captured.copy(), branched.captured.inputs)
+    assert torch.equal(branched.computed()[0], expected[0])
+    torch.testing.assert_close(branched(compute=False)[0], expected[0])
+
+
+@pytest.mark.parametrize("build", [Stack, TinyDiT])
+def test_sizes_may_be_symbolic(build: Callable[[], nn.Module]) -> None:
+    captured = traced(seeded(build), *example(tokens=6), dynamic=True)
+    gm = captured.copy()
+    _, inputs = rewrite(gm, BranchOptions(history=2, noise=True, front_clock=True))
+    assert any(isinstance(size, torch.SymInt) for size in inputs.residuals[0].sizes)
+    larger = traced(seeded(build), *example(tokens=9, batch=3), dynamic=True)
+    state = CacheState(inputs, [(3, 9, 8)])
+    outputs = run(gm, [*larger.inputs, *state.operands(compute=True)])
+    assert torch.equal(outputs[0], run(larger.copy(), larger.inputs)[0])
+    state.computed(outputs[1])
+    torch.testing.assert_close(run(gm, [*larger.inputs, *state.operands(compute=False)])[0], outputs[0])
+
+
+def test_the_regions_own_writes_do_not_reach_the_base() -> None:
+    class Activated(nn.Module):
+        """An activation by position, in place: over the block's input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.activation = SimpleBlock(), nn.LeakyReLU(0.1, True)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.block(self.activation(x), t)
+
+    branched = Branched(traced(seeded(lambda: Stack(block=Activated)), *example()))
+    assert branched.region.copied_live_ins
+    expected = branched.computed()
+    torch.testing.assert_close(branched(compute=False)[0], expected[0])
+
+
+def test_the_graph_has_one_branch_and_no_submodule_left() -> None:
+    gm = traced_variant("joint").copy()
+    rewrite(gm)
+    called = [node for node in gm.graph.nodes if node.target is torch.ops.higher_order.cond]
+    assert len(called) == 1
+    assert sorted(name for name, child in gm.named_children() if isinstance(child, fx.GraphModule)) == [
+        "cache_compute",
+        "cache_reuse",
+    ]

@@ -1,0 +1,194 @@
+"""The branch folded for a decision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_dit.passes import BranchOptions, Refusal, choose_region, find_blocks, specialize_branch
+from expecttest import assert_expected_inline
+from torch import fx
+
+from cache_dit.torch_internals import copy_dynamo_graph
+from tests.models import VARIANTS, CacheState, Captured, compact, rewrite, run, traced_variant
+
+
+class Specialized:
+    """The cond form of a variant and both graphs made of it."""
+
+    def __init__(self, captured: Captured, options: BranchOptions | None = None, **wanted: object) -> None:
+        self.captured = captured
+        self.cond = captured.copy()
+        self.region, self.inputs = rewrite(self.cond, options, **wanted)
+        self.compute, self.reuse = copy_dynamo_graph(self.cond), copy_dynamo_graph(self.cond)
+        assert specialize_branch(self.compute, compute=True) == 1
+        assert specialize_branch(self.reuse, compute=False) == 1
+
+
+def placeholders(gm: fx.GraphModule, used: bool) -> list[str]:
+    return [node.name for node in gm.graph.nodes if node.op == "placeholder" and bool(node.users) is used]
+
+
+def test_snapshot_of_the_compute_graph() -> None:
+    assert_expected_inline(compact(Specialized(traced_variant("stack"), front=1, back=1).compute), """\
+(x, t, cache_pred, cache_control, cache_key, cache_measured, cache_residual_0_0)
+%0 = linear(x, w, w)
+%1 = getitem(t, (:, None, None))
+%2 = linear(%0, w, w)
+%3 = tanh(%2)
+%4 = mul(%3, %1)
+%5 = add(%0, %4)
+%6 = linear(%5, w, w)
+%7 = tanh(%6)
+%8 = mul(%7, %1)
+%9 = add(%5, %8)
+%10 = .to(%9, torch.float32)
+%11 = .to(%5, torch.float32)
+%12 = sub(%10, %11)
+%13 = .to(%12, torch.float32)
+%14 = isfinite(%13)
+%15 = zeros_like(%13)
+%16 = where(%14, %13, %15)
+%17 = .to(%16, torch.float32)
+%18 = getattr(%17, device)
+%19 = .to(cache_residual_0_0, %18)
+%20 = .to(%19, torch.float32)
+%21 = sub(%17, %20)
+%22 = invert(%14)
+%23 = .sum(%22)
+%24 = .to(%23, torch.float32)
+%25 = mul(%17, %17)
+%26 = .mean(%25)
+%27 = mul(%21, %21)
+%28 = .mean(%27)
+%29 = .copy_(cache_residual_0_0, %16)
+%30 = stack((%24, %26, %28))
+%31 = linear(%9, w, w)
+%32 = tanh(%31)
+%33 = mul(%32, %1)
+%34 = add(%9, %33)
+%35 = linear(%34, w, w)
+return (%35, %30)""")
+
+
+def test_snapshot_of_the_reuse_graph() -> None:
+    assert_expected_inline(compact(Specialized(traced_variant("stack"), BranchOptions(history=2)).reuse), """\
+(x, t, cache_pred, cache_control, cache_key, cache_measured, cache_residual_0_0, cache_residual_0_1)
+%0 = linear(x, w, w)
+%1 = getitem(t, (:, None, None))
+%2 = linear(%0, w, w)
+%3 = tanh(%2)
+%4 = mul(%3, %1)
+%5 = add(%0, %4)
+%6 = .to(cache_residual_0_0, cpu)
+%7 = .to(%6, torch.float32)
+%8 = getitem(cache_control, 0)
+%9 = mul(%7, %8)
+%10 = .to(cache_residual_0_1, cpu)
+%11 = .to(%10, torch.float32)
+%12 = getitem(cache_control, 1)
+%13 = mul(%11, %12)
+%14 = add(%9, %13)
+%15 = .to(%5, torch.float32)
+%16 = add(%15, %14)
+%17 = .to(%16, torch.float32)
+%18 = zeros_like(cache_measured)
+%19 = linear(%17, w, w)
+return (%19, %18)""")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_both_graphs_give_the_bits_of_the_cond_form(name: str) -> None:
+    graphs = Specialized(traced_variant(name), BranchOptions(history=2, noise=True, front_clock=True))
+    inputs = graphs.captured.inputs
+    expected = run(graphs.captured.copy(), inputs)
+    for compute, gm in ((True, graphs.compute), (False, graphs.reuse)):
+        outputs, states = [], []
+        for each in (gm, graphs.cond):
+            state = CacheState(graphs.inputs)
+            state.fill()
+            operands = state.operands(compute=compute, weights=(1.5, -0.5), noise=0.01, key=11)
+            outputs.append(run(each, [*inputs, *operands]))
+            states.append(state.snapshot())
+        assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+        if compute:
+            assert all(torch.equal(a, b) for a, b in zip(outputs[0], expected, strict=False))
+        else:
+            assert not torch.equal(outputs[0][0], expected[0])
+
+
+def test_a_second_run_changes_nothing() -> None:
+    graphs = Specialized(traced_variant("stack"))
+    for gm in (graphs.compute, graphs.reuse):
+        before = compact(gm)
+        assert specialize_branch(gm, compute=True) == 0
+        assert specialize_branch(gm, compute=False) == 0
+        assert compact(gm) == before
+
+
+def test_a_graph_without_a_branch_is_left_alone() -> None:
+    gm = traced_variant("stack").copy()
+    before = compact(gm)
+    assert specialize_branch(gm, compute=True) == 0
+    assert compact(gm) == before
+
+
+def test_the_copy_it_was_made_from_keeps_its_branch() -> None:
+    graphs = Specialized(traced_variant("stack"))
+    assert [name for name, _ in graphs.cond.named_children()] == ["cache_compute", "cache_reuse"]
+    assert any(node.target is torch.ops.higher_order.cond for node in graphs.cond.graph.nodes)
+
+
+def test_the_reuse_graph_reads_no_weight_of_the_region() -> None:
+    graphs = Specialized(traced_variant("stack"))
+    unused = placeholders(graphs.reuse, used=False)
+    assert unused[-2:] == ["cache_pred", "cache_key"]
+    assert len(unused) == 2 + 2 * len(graphs.region.cached)
+    assert all("blocks_modules_0" not in name for name in unused)
+    assert {"cache_control", "cache_measured", "cache_residual_0_0"} <= set(placeholders(graphs.reuse, used=True))
+
+
+def test_the_compute_graph_reads_no_weights_of_a_forecast() -> None:
+    graphs = Specialized(traced_variant("stack"), BranchOptions(history=2, noise=True))
+    assert placeholders(graphs.compute, used=False) == ["cache_pred", "cache_control", "cache_key", "cache_measured"]
+
+
+def test_without_noise_the_reuse_graph_makes_no_numbers() -> None:
+    def makes_numbers(options: BranchOptions) -> bool:
+        nodes = Specialized(traced_variant("stack"), options).reuse.graph.nodes
+        return any(node.target is torch.arange for node in nodes)
+
+    assert makes_numbers(BranchOptions(noise=True))
+    assert not makes_numbers(BranchOptions(noise=False))
+
+
+def test_nothing_that_only_one_decision_needs_is_left_in_the_other() -> None:
+    graphs = Specialized(traced_variant("stack"))
+    tanhs = [sum(node.target is torch.tanh for node in gm.graph.nodes) for gm in (graphs.compute, graphs.reuse)]
+    assert tanhs == [3, 1]
+    for gm in (graphs.compute, graphs.reuse):
+        assert not list(gm.named_children())
+        assert not [node for node in gm.graph.nodes if node.op == "get_attr"]
+        calls = [node for node in gm.graph.nodes if node.op.startswith("call") and not node.users]
+        assert [node.target for node in calls] == (["copy_"] if gm is graphs.compute else [])
+
+
+def test_the_compute_graph_makes_no_copies_that_only_cond_needs() -> None:
+    graphs = Specialized(traced_variant("transposed"))
+    assert not [node for node in graphs.compute.graph.nodes if node.target in ("clone", "contiguous", "permute")]
+
+
+def test_branches_of_the_model_itself_stay() -> None:
+    graphs = Specialized(traced_variant("branching"))
+    own = [sum(node.target is torch.ops.higher_order.cond for node in gm.graph.nodes) for gm in (graphs.compute, graphs.reuse)]
+    assert own == [3, 1]
+    assert specialize_branch(graphs.compute, compute=True) == 0
+
+
+def test_all_passes_again_over_a_computed_graph_find_a_region_of_the_same_blocks() -> None:
+    """What is inlined keeps the modules it was traced in."""
+    graphs = Specialized(traced_variant("stack"))
+    again = choose_region(graphs.compute, find_blocks(graphs.compute))
+    assert not isinstance(again, Refusal)
+    assert again.cached == graphs.region.cached
+    assert isinstance(choose_region(graphs.reuse, find_blocks(graphs.reuse)), Refusal)
