@@ -170,6 +170,18 @@ def capturing_more(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def trace_again(function: Callable[..., Any]) -> None:
+    """Let Dynamo look anew at a function it gave up: it marks such code to be skipped, whoever compiles it next."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    current: Any = function
+    while current is not None:
+        code = getattr(getattr(current, "__func__", current), "__code__", None)
+        if code is not None:
+            reset_code(code)
+        current = getattr(current, "__wrapped__", None)
+
+
 def is_tracing_failure(error: BaseException) -> bool:
     """Whether an exception is Dynamo's or the backend's, and not the model's own."""
     from torch._dynamo.exc import TorchDynamoException

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..backend import OwnedBackend, owned_backend
-from ..torch_internals import capturing_more, compile_limits, is_tracing_failure
+from ..torch_internals import capturing_more, compile_limits, is_tracing_failure, trace_again
 from .program import TIME_NAMES, read_time
 from .session import Capture, Session, active_session
 
@@ -59,6 +59,7 @@ class CachedCall:
             if session.capture is not self._capture:
                 self._capture = session.capture
                 session.uncached_graphs.clear()
+                trace_again(self._module.forward)
                 self._compiled = self._compile(capture=session.capture is Capture.MORE)
                 return result if result is not None else self._bracketed(*args, **kwargs)
         return result

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -20,13 +21,13 @@ from cache_dit.passes.residual_math import noise, statistics_length
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
+from cache_dit.torch_internals import copy_dynamo_graph
 from tests.models import (
     VARIANTS,
     CacheState,
     Captured,
     SimpleBlock,
     Stack,
-    TinyDiT,
     compact,
     example,
     find_region,
@@ -38,6 +39,11 @@ from tests.models import (
 )
 
 CPU = torch.device("cpu")
+
+
+def give(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+    """Make a graph return these nodes."""
+    next(iter(reversed(gm.graph.nodes))).args = (tuple(nodes),)
 
 
 class Branched:
@@ -61,13 +67,26 @@ class Branched:
         return outputs
 
     def truth(self, inputs: tuple[Tensor, ...] | None = None) -> list[tuple[Tensor, Tensor | None]]:
-        """(output, base) of each live-out, read from the original graph."""
+        """(output, base) of each live-out, read in the original graph before anything is written over them."""
         gm = self.captured.copy()
         named = {node.name: node for node in gm.graph.nodes}
         wanted = [named[node.name] for out in self.region.live_outs for node in (out.node, out.base) if node is not None]
-        next(iter(reversed(gm.graph.nodes))).args = (tuple(wanted),)
+        copies = []
+        for node in wanted:
+            with gm.graph.inserting_after(node):
+                copies.append(gm.graph.call_method("clone", (node,)))
+        give(gm, copies)
         values = iter(run(gm, inputs or self.captured.inputs))
         return [(next(values), next(values) if out.base is not None else None) for out in self.region.live_outs]
+
+    def live_outs(self, **decision: object) -> tuple[Tensor, ...]:
+        """What the branch gives, before the rest of the model goes on with it."""
+        gm = copy_dynamo_graph(self.gm)
+        cond = next(node for node in gm.graph.nodes if node.target is torch.ops.higher_order.cond)
+        with gm.graph.inserting_after(cond):
+            outs = [gm.graph.call_function(operator.getitem, (cond, j)) for j in range(len(self.region.live_outs))]
+        give(gm, outs)
+        return run(gm, [*self.captured.inputs, *self.state.operands(**decision)])  # type: ignore[arg-type]
 
     def residuals(self, inputs: tuple[Tensor, ...] | None = None) -> list[Tensor]:
         return [output if base is None else output - base for output, base in self.truth(inputs)]
@@ -76,7 +95,9 @@ class Branched:
 def test_snapshot() -> None:
     gm = traced_variant("stack").copy()
     rewrite(gm, front=1, back=1)
-    assert_expected_inline(compact(gm), """\
+    assert_expected_inline(
+        compact(gm),
+        """\
 (x, t, cache_pred, cache_control, cache_key, cache_measured, cache_residual_0_0)
 %0 = linear(x, w, w)
 %1 = getitem(t, (:, None, None))
@@ -134,7 +155,8 @@ cache_reuse:
 %5 = add(%4, %3)
 %6 = .to(%5, torch.float32)
 %7 = zeros_like(cache_measured)
-return (%6, %7)""")
+return (%6, %7)""",
+    )
 
 
 def test_snapshot_of_a_forecast_with_noise_and_the_front_clock() -> None:
@@ -142,7 +164,9 @@ def test_snapshot_of_a_forecast_with_noise_and_the_front_clock() -> None:
     rewrite(gm, BranchOptions(history=2, noise=True, front_clock=True, residual_dtype=torch.bfloat16), front=1, back=1)
     lines = compact(gm).splitlines()
     reuse = lines.index("cache_reuse:")
-    assert_expected_inline("\n".join([*lines[: lines.index("cache_compute:")], *lines[reuse:]]), """\
+    assert_expected_inline(
+        "\n".join([*lines[: lines.index("cache_compute:")], *lines[reuse:]]),
+        """\
 (x, t, cache_pred, cache_control, cache_key, cache_measured, cache_front, cache_residual_0_0, cache_residual_0_1)
 %0 = linear(x, w, w)
 %1 = getitem(t, (:, None, None))
@@ -244,7 +268,8 @@ cache_reuse:
 %70 = add(%69, %68)
 %71 = .to(%70, torch.float32)
 %72 = zeros_like(cache_measured)
-return (%71, %72)""")
+return (%71, %72)""",
+    )
 
 
 def test_a_graph_without_an_outlined_region_is_the_callers_mistake() -> None:
@@ -291,24 +316,17 @@ def test_a_skipped_step_repeats_the_computed_one(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_skipped_step_adds_the_weighted_residuals_to_the_base(dtype: torch.dtype) -> None:
-    captured = traced(seeded(Stack, dtype), *example(dtype))
-    branched = Branched(captured, BranchOptions(history=3), front=1, back=1)
+    branched = Branched(traced_variant("two_streams", dtype), BranchOptions(history=3))
     assert branched.inputs.accumulate == dtype
     branched.state.fill()
     weights = (1.75, -1.0, 0.25)
-    base = branched.truth()[0][1]
-    assert base is not None
-    stored = branched.state.residuals[0]
-    exact = base.double() + sum(w * r.double() for w, r in zip(weights, stored, strict=True))
-    exposed = branched.captured.copy()
-    region, _ = rewrite(exposed, BranchOptions(history=3), front=1, back=1)
-    (out,) = [node for node in exposed.graph.nodes if node.op == "call_function" and node.args[1:] == (0,)][-1:]
-    next(iter(reversed(exposed.graph.nodes))).args = ((out,),)
-    (value,) = run(exposed, [*captured.inputs, *branched.state.operands(compute=False, weights=weights)])
-    assert region.cached == ("blocks.1",)
-    assert value.dtype == dtype
-    tolerance = 1e-15 if dtype == torch.float64 else 1e-6
-    torch.testing.assert_close(value.double(), exact, rtol=tolerance, atol=4 * tolerance)
+    outputs = branched.live_outs(compute=False, weights=weights)
+    for output, stored, (_, base) in zip(outputs, branched.state.residuals, branched.truth(), strict=True):
+        assert base is not None
+        assert output.dtype == dtype
+        exact = base.double() + sum(w * r.double() for w, r in zip(weights, stored, strict=True))
+        tolerance = 1e-15 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(output.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_unused_weights_of_zero_leave_finite_buffers_out() -> None:
@@ -323,9 +341,8 @@ def test_unused_weights_of_zero_leave_finite_buffers_out() -> None:
 @pytest.mark.parametrize(("name", "dtype"), [("tiny", torch.float32), ("two_streams", torch.float32), ("tiny", torch.float64)])
 def test_the_numbers_measured_against_float64(name: str, dtype: torch.dtype) -> None:
     branched = Branched(traced_variant(name, dtype), BranchOptions(history=2))
-    inputs = [branched.captured.inputs]
-    x, t = next(v for v in inputs[0] if v.shape[-1] == 4 and v.dim() == 3), example(dtype)[1]
-    inputs += [branched.captured.fed(x=x * (1 + 0.1 * k), t=t - 0.1 * k) for k in (1, 2)]
+    x, t = example(dtype)
+    inputs = [branched.captured.fed(x=x * (1 + 0.1 * k), t=t - 0.1 * k) for k in range(3)]
     for each in inputs:
         measured = branched.computed(each)[branched.count]
     streams = [
@@ -444,18 +461,11 @@ def test_noise_is_scaled_by_the_residual_and_set_by_its_key() -> None:
 
 def test_each_live_out_has_noise_of_its_own() -> None:
     branched = Branched(traced_variant("two_streams", torch.float64), BranchOptions(noise=True))
-    nested = branched.gm.get_submodule("cache_reuse")
     branched.computed()
-    operands = branched.state.operands(compute=False, noise=0.1, key=3)[1:]
-    cond = next(node for node in branched.gm.graph.nodes if node.target is torch.ops.higher_order.cond)
-    live_ins = [
-        torch.zeros(tuple(node.meta["example_value"].shape), dtype=torch.float64) for node in cond.args[3][len(operands) :]
-    ]
-    nested.recompile()
-    first, second, _ = nested(*operands, *live_ins)
-    for j, output in enumerate((first, second)):
-        stored = branched.state.residuals[j][0]
-        normal = (output - stored) / (0.1 * stored.pow(2).mean().sqrt())
+    calm = branched.live_outs(compute=False, noise=0.0)
+    noisy = branched.live_outs(compute=False, noise=0.1, key=3)
+    for j, residual in enumerate(branched.residuals()):
+        normal = (noisy[j] - calm[j]) / (0.1 * residual.pow(2).mean().sqrt())
         expected = noise(normal.shape, normal.numel(), torch.tensor(3), j, CPU, torch.float64)
         torch.testing.assert_close(normal, expected, rtol=1e-9, atol=1e-9)
 
@@ -469,17 +479,10 @@ def test_both_branches_give_the_layout_of_the_original() -> None:
             return h.transpose(1, 2)
 
     branched = Branched(traced(seeded(ChannelsFirst), *example()))
-    example_value = branched.region.live_outs[0].node.meta["example_value"]
-    assert not example_value.is_contiguous()
-    for name in ("cache_compute", "cache_reuse"):
-        branch = branched.gm.get_submodule(name)
-        branch.recompile()
-        cond = next(node for node in branched.gm.graph.nodes if node.target is torch.ops.higher_order.cond)
-        operands = branched.state.operands(compute=True)[1:]
-        live_ins = [torch.ones(node.meta["example_value"].shape) for node in cond.args[3][len(operands) :]]
-        with torch.no_grad():
-            out = branch(*operands, *live_ins)[0]
-        assert out.stride() == example_value.stride(), name
+    expected = branched.truth()[0][0]
+    assert not expected.is_contiguous()
+    for compute in (True, False):
+        assert branched.live_outs(compute=compute)[0].stride() == expected.stride()
 
 
 class Clashing(Stack):
@@ -500,14 +503,13 @@ def test_variables_with_the_names_of_cache_inputs_do_no_harm() -> None:
     torch.testing.assert_close(branched(compute=False)[0], expected[0])
 
 
-@pytest.mark.parametrize("build", [Stack, TinyDiT])
-def test_sizes_may_be_symbolic(build: Callable[[], nn.Module]) -> None:
-    captured = traced(seeded(build), *example(tokens=6), dynamic=True)
+def test_sizes_may_be_symbolic() -> None:
+    captured = traced(seeded(Stack), *example(tokens=6), dynamic=True)
     gm = captured.copy()
     _, inputs = rewrite(gm, BranchOptions(history=2, noise=True, front_clock=True))
     assert any(isinstance(size, torch.SymInt) for size in inputs.residuals[0].sizes)
-    larger = traced(seeded(build), *example(tokens=9, batch=3), dynamic=True)
-    state = CacheState(inputs, [(3, 9, 8)])
+    larger = traced(seeded(Stack), *example(tokens=9, batch=3), dynamic=True)
+    state = CacheState(inputs, [(3, 9, 8), (3, 9, 8)])
     outputs = run(gm, [*larger.inputs, *state.operands(compute=True)])
     assert torch.equal(outputs[0], run(larger.copy(), larger.inputs)[0])
     state.computed(outputs[1])

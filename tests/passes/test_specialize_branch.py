@@ -29,7 +29,9 @@ def placeholders(gm: fx.GraphModule, used: bool) -> list[str]:
 
 
 def test_snapshot_of_the_compute_graph() -> None:
-    assert_expected_inline(compact(Specialized(traced_variant("stack"), front=1, back=1).compute), """\
+    assert_expected_inline(
+        compact(Specialized(traced_variant("stack"), front=1, back=1).compute),
+        """\
 (x, t, cache_pred, cache_control, cache_key, cache_measured, cache_residual_0_0)
 %0 = linear(x, w, w)
 %1 = getitem(t, (:, None, None))
@@ -67,11 +69,14 @@ def test_snapshot_of_the_compute_graph() -> None:
 %33 = mul(%32, %1)
 %34 = add(%9, %33)
 %35 = linear(%34, w, w)
-return (%35, %30)""")
+return (%35, %30)""",
+    )
 
 
 def test_snapshot_of_the_reuse_graph() -> None:
-    assert_expected_inline(compact(Specialized(traced_variant("stack"), BranchOptions(history=2)).reuse), """\
+    assert_expected_inline(
+        compact(Specialized(traced_variant("stack"), BranchOptions(history=2)).reuse),
+        """\
 (x, t, cache_pred, cache_control, cache_key, cache_measured, cache_residual_0_0, cache_residual_0_1)
 %0 = linear(x, w, w)
 %1 = getitem(t, (:, None, None))
@@ -93,7 +98,8 @@ def test_snapshot_of_the_reuse_graph() -> None:
 %17 = .to(%16, torch.float32)
 %18 = zeros_like(cache_measured)
 %19 = linear(%17, w, w)
-return (%19, %18)""")
+return (%19, %18)""",
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
