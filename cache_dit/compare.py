@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 WARM_UP_STEPS = 6
 """Steps of the two runs before the timed ones: enough for every strategy to compute and to skip."""
+PICTURE_INCHES = 12.4
 COMPUTED_COLOUR, SKIPPED_COLOUR, MUTED_COLOUR = "#2b5c8a", "#f0b860", "#5f6872"
 
 OnStep = Callable[[], object]
@@ -334,18 +335,20 @@ class _Lines:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Pictures under one title: float ``[N, H, W]`` (grey) or ``[N, H, W, 3]``, 0 to 1, 0 = black."""
+    """Pictures under a title and a note: float ``[N, H, W]`` (grey) or ``[N, H, W, 3]``, 0 to 1, 0 = black."""
 
     title: str
     pictures: NDArray[np.float32]
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """The steps of one run, by whether the cached blocks computed."""
+    """The steps of one run, by whether the cached blocks computed, with a title and a note."""
 
     title: str
     computed: tuple[bool, ...]
+    note: str = ""
 
 
 def draw_comparison(path: Path, panels: Sequence[Panel], strips: Sequence[Strip], columns: int) -> None:
@@ -357,16 +360,16 @@ def draw_comparison(path: Path, panels: Sequence[Panel], strips: Sequence[Strip]
     figure_class = require("matplotlib.figure").Figure
     mosaics = [mosaic(panel.pictures, columns) for panel in panels]
     height, width = mosaics[0].shape[:2]
-    panel_inches = 12.0 / len(panels) * min(1.2, height / width)
-    strip_inches = 0.32 * len(strips) + 1.0 if strips else 0.0
-    figure = figure_class(figsize=(12.4, panel_inches + strip_inches + 0.5), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.02, hspace=0.03)
-    heights = [panel_inches, strip_inches] if strips else [panel_inches]
-    grid = figure.add_gridspec(len(heights), len(panels), height_ratios=heights)
-    for place, (panel, tiles) in enumerate(zip(panels, mosaics, strict=True)):
-        _draw_panel(figure.add_subplot(grid[0, place]), panel.title, tiles)
+    inches = [PICTURE_INCHES / len(panels) * min(1.2, height / width) + 0.6]
     if strips:
-        _draw_strips(figure.add_subplot(grid[1, :]), strips)
+        inches.append(0.4 * len(strips) + 0.75)
+    figure = figure_class(figsize=(PICTURE_INCHES, sum(inches)), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    parts = figure.subfigures(len(inches), 1, height_ratios=inches, squeeze=False)[:, 0]
+    for axes, panel, tiles in zip(parts[0].subplots(1, len(panels), squeeze=False)[0], panels, mosaics, strict=True):
+        _draw_panel(axes, panel, tiles)
+    if strips:
+        _draw_strips(parts[1].subplots(), strips)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, facecolor="white")
 
@@ -386,9 +389,13 @@ def mosaic(pictures: NDArray[np.float32], columns: int, gap: int | None = None) 
     return tiled
 
 
-def _draw_panel(axes: Axes, title: str, tiles: NDArray[np.float32]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, tiles: NDArray[np.float32]) -> None:
     axes.imshow(tiles.clip(0.0, 1.0), cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(f"{panel.title}\n" if panel.note else panel.title, loc="left", fontsize=11)
+    axes.annotate(
+        panel.note, (0.0, 1.0), xytext=(0, 7), xycoords="axes fraction", textcoords="offset points", fontsize=9,
+        color=MUTED_COLOUR,
+    )  # fmt: skip
     axes.set_axis_off()
 
 
@@ -399,18 +406,18 @@ def _draw_strips(axes: Axes, strips: Sequence[Strip]) -> None:
     for row, strip in enumerate(strips):
         for step, computed in enumerate(strip.computed):
             colour = COMPUTED_COLOUR if computed else SKIPPED_COLOUR
-            axes.add_patch(Rectangle((step + 0.54, row - 0.39), 0.92, 0.78, facecolor=colour, linewidth=0))
+            axes.add_patch(Rectangle((step + 0.54, row - 0.36), 0.92, 0.72, facecolor=colour, linewidth=0))
     axes.set(xlim=(0.5, steps + 0.5), ylim=(len(strips) - 0.5, -0.5))
-    axes.set_yticks(range(len(strips)), [strip.title for strip in strips], fontsize=9)
+    axes.set_yticks(range(len(strips)), [f"{strip.title}\n{strip.note}".strip() for strip in strips])
     axes.set_xticks([1, *range(5, steps + 1, 5)])
-    axes.tick_params(length=0, labelsize=9, colors=MUTED_COLOUR)
+    axes.tick_params(length=0, labelsize=9, labelcolor=MUTED_COLOUR)
     axes.tick_params(axis="y", labelcolor="black")
     axes.set_xlabel("step", fontsize=9, color=MUTED_COLOUR)
     for spine in axes.spines.values():
         spine.set_visible(False)
     meanings = {COMPUTED_COLOUR: "blocks computed", SKIPPED_COLOUR: "blocks skipped"}
-    legend = [Patch(color=colour, label=label) for colour, label in meanings.items()]
     axes.legend(
-        handles=legend, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9,
-        handlelength=0.9, handleheight=0.9, borderaxespad=0.1,
+        handles=[Patch(color=colour, label=label) for colour, label in meanings.items()],
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=9, handlelength=0.9,
+        handleheight=0.9, borderaxespad=0.1,
     )  # fmt: skip

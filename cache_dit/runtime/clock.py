@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 # Unnamed calls at the first timestep before they are taken for new runs of a model that samples in one step.
@@ -17,6 +18,26 @@ MAX_UNNAMED_CONTEXTS = 16
 LISTED_TOLERANCE = 2.0**-8
 
 ContextKey = str | int
+
+
+# Pairs of noise levels that follow each other in a run's list, in the unit of the list and in thousandths of it.
+Jumps = tuple[tuple[float, float], ...]
+
+
+def _close(time: float, listed: float) -> bool:
+    return math.isclose(time, listed, rel_tol=LISTED_TOLERANCE)
+
+
+def listed_jumps(sigmas: Sequence[float]) -> Jumps:
+    """The steps up of a list that goes down (or down of one that goes up): samplers that restart list them.
+
+    A level that is merely in the list does not count: the next run begins at the first one.
+    """
+    if len(sigmas) < 2 or sigmas[0] == sigmas[-1]:
+        return ()
+    rising = sigmas[-1] > sigmas[0]
+    pairs = [(a, b) for a, b in pairwise(sigmas) if a != b and (b > a) != rising]
+    return tuple((a * unit, b * unit) for a, b in pairs for unit in (1.0, 1000.0))
 
 
 class Tick(NamedTuple):
@@ -38,13 +59,13 @@ class _Course:
     last: float | None = None
     direction: int = 0
 
-    def returns(self, time: float | None, known: Sequence[float]) -> bool:
-        """Whether the timestep jumps against the direction that the run's first two distinct timesteps gave."""
+    def returns(self, time: float | None, jumps: Jumps) -> bool:
+        """Whether the timestep goes against the direction of the run's first two distinct ones, and was not to do so."""
         if time is None or self.last is None or self.direction == 0 or time == self.last:
             return False
         if (time > self.last) == (self.direction > 0):
             return False
-        return not any(math.isclose(time, listed, rel_tol=LISTED_TOLERANCE) for listed in known)
+        return not any(_close(self.last, before) and _close(time, after) for before, after in jumps)
 
     def advance(self, time: float | None) -> None:
         if time is None:
@@ -97,7 +118,7 @@ class StepClock:
     manual: bool = False
     num_steps: int | None = None
     sigmas: tuple[float, ...] | None = None
-    _known: tuple[float, ...] = ()
+    _jumps: Jumps = ()
     _unnamed: _Unnamed | None = None
     _named: dict[str, _Named] = field(default_factory=dict)
 
@@ -111,14 +132,14 @@ class StepClock:
         """Note the number of steps and the noise levels of the run that the next call begins."""
         self.sigmas = None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
         # a run does not go back to where it began: that is the next one
-        self._known = (self.sigmas or ())[1:]
+        self._jumps = listed_jumps(self.sigmas or ())
         self.num_steps = num_steps if num_steps is not None else (len(self.sigmas) - 1 if self.sigmas else None)
 
     def end_run(self) -> None:
         """Forget where the run was: the next call begins a new one."""
         self._unnamed = None
         self._named.clear()
-        self._known, self.sigmas, self.num_steps = (), None, None
+        self._jumps, self.sigmas, self.num_steps = (), None, None
 
     def forget_context(self, name: ContextKey) -> None:
         """Drop a named context: its next call begins a run in it."""
@@ -137,7 +158,7 @@ class StepClock:
     def _tick_named(self, time: float | None, name: str) -> Tick:
         state = self._named.get(name)
         again = state is not None and state.course.last == state.course.first == time and time is not None
-        if state is None or again or state.course.returns(time, self._known):
+        if state is None or again or state.course.returns(time, self._jumps):
             state = _Named(_Course(self._run_for(state.course.run if state is not None else None), time))
             self._named[name] = state
         state.step += 1
@@ -165,8 +186,8 @@ class StepClock:
                 return self._begin_unnamed(time, broke=False)
             state.settled = True
         elif state.turn > 0 and time != state.course.last:
-            return self._begin_unnamed(time, broke=not state.course.returns(time, self._known))
-        elif state.course.returns(time, self._known):
+            return self._begin_unnamed(time, broke=not state.course.returns(time, self._jumps))
+        elif state.course.returns(time, self._jumps):
             return self._begin_unnamed(time, broke=False)
         if state.exceeds(time):
             return self._begin_unnamed(time, broke=True, partial=True)
@@ -197,4 +218,4 @@ class StepClock:
 
     def _forget_schedule(self) -> None:
         """A run that nobody announced has no known sigmas or number of steps: those of the last one are not its own."""
-        self.sigmas, self.num_steps, self._known = None, None, ()
+        self.sigmas, self.num_steps, self._jumps = None, None, ()

@@ -1,0 +1,220 @@
+"""The forms of one branch: for the same decisions they give the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cache_dit.passes import BranchOptions, CacheInputs
+from torch import Tensor, fx, nn
+
+from cache_dit.lowering import LOWERINGS, InnerCompiler, choose_lowering, with_cache_examples
+from cache_dit.runtime.program import Programs
+from cache_dit.torch_internals import copy_dynamo_graph, inner_compiler
+from tests.models import VARIANTS, CacheState, JointDiT, Stack, TinyDiT, example, rewrite, run, seeded, traced_variant
+
+EVERYTHING = BranchOptions(history=2, noise=True, front_clock=True)
+EAGER = inner_compiler("eager", None, {})
+# compute, compute, then skip and compute in turns, with the weights of a forecast that extrapolates
+DECISIONS = ((True, ()), (True, ()), (False, (1.5, -0.5)), (True, ()), (False, (1.0,)))
+
+
+class Step(NamedTuple):
+    """What one call gave: the model's outputs with what was measured, and what is stored behind it."""
+
+    outputs: list[Tensor]
+    stored: list[Tensor]
+
+
+def lowered(name: str, form: str, compile_inner: InnerCompiler = EAGER) -> tuple[Programs, CacheInputs, tuple[Any, ...]]:
+    captured = traced_variant(name)
+    gm = captured.copy()
+    _, inputs = rewrite(gm, EVERYTHING)
+    gm.recompile()
+    examples = with_cache_examples(gm, captured.inputs)
+    return LOWERINGS[form].lower(gm, examples, compile_inner), inputs, captured.inputs
+
+
+def driven(programs: Programs, state: CacheState, calls: Sequence[Sequence[Any]], outputs: int) -> list[Step]:
+    """Run the decisions over the calls' inputs, with the runtime's bookkeeping done by hand."""
+    steps = []
+    with torch.no_grad():
+        for n, ((compute, weights), flat) in enumerate(zip(DECISIONS, calls, strict=True)):
+            operands = state.operands(compute=compute, weights=weights, noise=0.01, key=n)
+            given = list((programs.compute if compute else programs.reuse)([*flat, *operands]))
+            steps.append(Step([each.clone() for each in given], state.snapshot()))
+            if compute:
+                state.computed(given[outputs].clone())
+    return steps
+
+
+def assert_equal(steps: Sequence[Step], expected: Sequence[Step]) -> None:
+    for n, (step, wanted) in enumerate(zip(steps, expected, strict=True)):
+        for ours, theirs in zip((*step.outputs, *step.stored), (*wanted.outputs, *wanted.stored), strict=True):
+            assert torch.equal(ours, theirs), n
+
+
+def assert_close(steps: Sequence[Step], expected: Sequence[Step]) -> None:
+    for step, wanted in zip(steps, expected, strict=True):
+        for ours, theirs in zip((*step.outputs, *step.stored), (*wanted.outputs, *wanted.stored), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_forms_agree_bit_for_bit_and_computed_steps_with_the_model(name: str) -> None:
+    results = {}
+    for form in LOWERINGS:
+        programs, inputs, flat = lowered(name, form)
+        results[form] = driven(programs, CacheState(inputs), [flat] * len(DECISIONS), outputs=1)
+    assert_equal(results["cond"], results["specialize"])
+    expected = run(traced_variant(name).copy(), traced_variant(name).inputs)[0]
+    for (compute, _), step in zip(DECISIONS, results["specialize"], strict=True):
+        assert torch.equal(step.outputs[0], expected) is compute
+
+
+def test_aot_eager_agrees_to_rounding() -> None:
+    compile_inner = inner_compiler("aot_eager", None, {})
+    models: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+        "stack": (Stack, False),
+        "two streams": (lambda: JointDiT(2, 0), True),
+    }
+    for build, context in models.values():
+        for form in LOWERINGS:
+            found = compiled_whole(build, [example(context=context)] * 5, form, compile_inner)
+            assert_close(found.compiled, found.eager)
+
+
+class Compiled(NamedTuple):
+    """The steps of a compiled form, and those of the eager specialized form for the same calls."""
+
+    compiled: list[Step]
+    eager: list[Step]
+    plain: list[Tensor]
+
+
+def compiled_whole(
+    build: Callable[[], nn.Module],
+    calls: Sequence[tuple[Tensor, ...]],
+    form: str,
+    compile_inner: InnerCompiler,
+    dynamic: bool | None = None,
+) -> Compiled:
+    """Lower inside a backend, as it is done in earnest, then call the programs by hand."""
+    made: list[tuple[Programs, Programs, CacheInputs]] = []
+    flats: list[tuple[Any, ...]] = []
+
+    def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        graph = copy_dynamo_graph(gm)
+        _, inputs = rewrite(graph, EVERYTHING)
+        graph.recompile()
+        all_examples = with_cache_examples(graph, examples)
+        eager = LOWERINGS["specialize"].lower(graph, all_examples, EAGER)
+        made.append((LOWERINGS[form].lower(graph, all_examples, compile_inner), eager, inputs))
+
+        def forward(*flat: Any) -> Any:
+            flats.append(flat)
+            return gm.forward(*flat)
+
+        return forward
+
+    torch._dynamo.reset()
+    model = seeded(build)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        plain = [compiled(*arguments) for arguments in calls]
+    torch._dynamo.reset()
+    ((programs, eager, inputs),) = made
+    batch, tokens = calls[0][0].shape[:2]
+    sizes = [(batch, tokens, 8), *([(batch, 3, 8)] if len(calls[0]) == 3 else []), (batch, tokens, 8)]
+    steps = [driven(each, CacheState(inputs, sizes), flats, outputs=1) for each in (programs, eager)]
+    return Compiled(steps[0], steps[1], plain)
+
+
+@pytest.mark.parametrize("form", LOWERINGS)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_one_program_serves_every_size_under_dynamic_shapes(form: str, inner: str) -> None:
+    compile_inner = inner_compiler(inner, None, {})
+    calls = [example(seed=seed, tokens=7) for seed in range(5)]
+    found = compiled_whole(Stack, calls, form, compile_inner, dynamic=True)
+    (assert_equal if inner == "eager" else assert_close)(found.compiled, found.eager)
+    for (compute, _), step, plain in zip(DECISIONS, found.compiled, found.plain, strict=True):
+        assert torch.allclose(step.outputs[0], plain, rtol=1e-5, atol=1e-6) is compute
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", LOWERINGS)
+def test_inductor_agrees_to_rounding(form: str) -> None:
+    compile_inner = inner_compiler("inductor", None, {})
+    found = compiled_whole(lambda: TinyDiT(2), [example(seed=seed) for seed in range(5)], form, compile_inner)
+    assert_close(found.compiled, found.eager)
+
+
+def test_a_form_that_is_not_built_gives_way_to_the_default() -> None:
+    assert choose_lowering("cond").name == "cond"
+    assert choose_lowering("auto").name == choose_lowering("pieces").name == "specialize"
+
+
+def test_the_examples_of_the_cache_inputs_follow_those_of_the_model() -> None:
+    captured = traced_variant("stack")
+    gm = captured.copy()
+    _, inputs = rewrite(gm, EVERYTHING)
+    examples = with_cache_examples(gm, captured.inputs)
+    assert all(a is b for a, b in zip(examples, captured.inputs, strict=False))
+    added = examples[len(captured.inputs) :]
+    wanted = CacheState(inputs).operands(compute=True)
+    assert [(value.shape, value.dtype) for value in added] == [(value.shape, value.dtype) for value in wanted]
+
+
+def test_lowering_leaves_the_graph_it_was_given_alone() -> None:
+    captured = traced_variant("stack")
+    gm = captured.copy()
+    _, inputs = rewrite(gm, EVERYTHING)
+    examples = with_cache_examples(gm, captured.inputs)
+    text = str(gm.graph)
+    first = LOWERINGS["specialize"].lower(gm, examples, EAGER)
+    assert str(gm.graph) == text
+    second = LOWERINGS["cond"].lower(gm, examples, EAGER)
+    assert str(gm.graph) == text
+    steps = [driven(each, CacheState(inputs), [captured.inputs] * 5, outputs=1) for each in (first, second)]
+    assert_equal(*steps)
+
+
+class Recording:
+    """An inner compiler that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.graphs: list[tuple[list[str], int]] = []
+
+    def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+        self.graphs.append((names, len(examples)))
+        return gm.forward
+
+
+def test_specialize_compiles_each_decision_with_what_it_reads_alone() -> None:
+    recording = Recording()
+    lowered("stack", "specialize", recording)
+    assert len(recording.graphs) == 2
+    for names, examples in recording.graphs:
+        assert len(names) == examples
+    reading = sorted(recording.graphs, key=lambda graph: graph[1])
+    reuse, compute = (set(names) for names, _ in reading)
+    assert {"cache_control", "cache_key", "cache_measured"} <= reuse
+    assert not {"cache_pred", "cache_control", "cache_key", "cache_measured"} & compute
+    assert not any("blocks_modules_1" in name for name in reuse)
+    assert {name for name in compute if name.startswith("cache_")} == {
+        "cache_front",
+        "cache_residual_0_0",
+        "cache_residual_0_1",
+    }
+
+
+def test_cond_compiles_one_program_that_takes_everything() -> None:
+    recording = Recording()
+    programs, _, _ = lowered("stack", "cond", recording)
+    assert programs.compute is programs.reuse
+    ((names, examples),) = recording.graphs
+    assert len(names) == examples
+    assert "cache_pred" in names
