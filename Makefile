@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TREE := build/typecheck
 
-.PHONY: help install demo test lint typecheck pytest bench clean
+.PHONY: help install demo test lint typecheck pytest coverage bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ typecheck: $(STAMP)  ## mypy --strict
 
 pytest: $(STAMP)  ## the tests; ARGS="-k name" picks some
 	$(BIN)/pytest --durations=10 $(ARGS)
+
+coverage: $(STAMP)  ## every transformer class of diffusers; writes docs/coverage.md
+	$(BIN)/python benchmarks/coverage.py $(ARGS)
 
 bench: $(STAMP)  ## measure speed and quality
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -1,4 +1,4 @@
-"""``python -m cache_dit``: what is usable here, what the compiler finds in a model, and what caching gains and costs."""
+"""``python -m cache_dit``: what is usable here, what the compiler finds in a model, what caching gains and costs."""
 
 from __future__ import annotations
 

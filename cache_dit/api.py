@@ -115,12 +115,8 @@ def _is_enabled(module: torch.nn.Module) -> bool:
 def _enable(module: torch.nn.Module, options: CacheOptions) -> None:
     session = Session(options, model_name(module), owns_calls=True)
     call = CachedCall(module, session, owned_backend(options.program()))
-    session.replaced_call = vars(module).get("_compiled_call_impl", _ABSENT)
     register_module(module, session)
-    module._compiled_call_impl = call
-
-
-_ABSENT: Any = object()
+    call.install()
 
 
 def _own_session(module: torch.nn.Module) -> Session:
@@ -154,15 +150,9 @@ def _disable(module: torch.nn.Module) -> None:
     for session in _sessions_in_force(module):
         session.enabled = False
         session.release()
-    if not _is_enabled(module):
-        return
-    session = _own_session(module)
-    if session.replaced_call is _ABSENT:
-        del module._compiled_call_impl
-    else:
-        module._compiled_call_impl = session.replaced_call
-    session.replaced_call = None
-    session.call_time = None
+    call = module._compiled_call_impl
+    if isinstance(call, CachedCall):
+        call.remove()
 
 
 def summary(model: object) -> str:
@@ -190,8 +180,7 @@ def get_global_stats() -> dict[str, object]:
 def reset_cache_stats() -> None:
     """Set every statistic to zero; caching stays on, and what is stored stays stored."""
     for session in all_sessions():
-        session.timer.discard()
-        session.counters.reset()
+        session.reset_statistics()
 
 
 def explain(model: object) -> Explanation:

@@ -55,9 +55,7 @@ def labels_for(samples: int) -> Tensor:
 
 def announce_run(model: nn.Module, steps: int) -> None:
     """Tell the cache what the sampler is about to do: a placement of steps needs their number and noise levels."""
-    cache_dit.new_run(
-        model, num_steps=steps, sigmas=shifted_sigmas(steps, SHIFT).tolist(), solver="euler", prediction="flow"
-    )
+    cache_dit.new_run(model, num_steps=steps, sigmas=shifted_sigmas(steps, SHIFT).tolist(), solver="euler", prediction="flow")
 
 
 def draw_digits(model: Callable[..., Any], labels: Tensor, seed: int, steps: int, on_step: OnStep) -> Tensor:
@@ -98,9 +96,7 @@ def draw_picture(path: Path, measured: Sequence[Measured], shown: int) -> None:
         Panel(cached.name, _ink(cached), f"{cached.seconds:.1f} s, {_figures(cached, plain)}"),
     ]
     named = len(measured) > 2  # a single one has its name above its digits
-    strips = [
-        Strip(each.name if named else "", each.runs[0].computed, _figures(each, plain)) for each in measured[1:]
-    ]
+    strips = [Strip(each.name if named else "", each.runs[0].computed, _figures(each, plain)) for each in measured[1:]]
     draw_comparison(path, panels, strips, columns=min(NUM_CLASSES, len(panels[0].pictures)))
 
 

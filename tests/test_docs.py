@@ -263,6 +263,7 @@ def language_of(name: str) -> str:
     return "zh" if name.endswith(".zh.md") else "en"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_examples_run(name: str, as_documented: pytest.MonkeyPatch) -> None:
     language = language_of(name)
@@ -275,6 +276,7 @@ def test_examples_run(name: str, as_documented: pytest.MonkeyPatch) -> None:
     assert sum(example.not_executed is not None for example in examples) <= MOST_NOT_EXECUTED
 
 
+@pytest.mark.slow
 def test_real_model_runs(as_documented: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("real_model", ROOT / "examples" / "real_model.py")
     assert spec is not None and spec.loader is not None
@@ -405,5 +407,3 @@ def test_documents_are_plain() -> None:
     for name in [*DOCUMENTS, "CHANGELOG.md"]:
         assert "\t" not in read(name), name
         assert not re.search(r"/work/|/home/|/root/|C:\\\\", read(name)), name
-
-

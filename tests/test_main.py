@@ -116,9 +116,7 @@ def test_info_names_the_remedy_for_the_other_project(
     assert "1.3.0 is installed" in out and "pip uninstall cache-dit" in out
 
 
-def test_info_without_a_compiler(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_info_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setattr(compare, "cpp_compiler", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["info", "--language", "en"]) == 0
@@ -186,9 +184,7 @@ def test_a_missing_package_gives_1_and_names_the_extra(
 
 @pytest.mark.parametrize("name", ["info", "inspect", "compare"])
 @pytest.mark.parametrize(("language", "word"), [("zh", "文字的语言"), ("en", "language of the texts")])
-def test_help_is_in_the_language_asked_for(
-    name: str, language: str, word: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_is_in_the_language_asked_for(name: str, language: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([name, "--language", language, "--help"])
     assert word in capsys.readouterr().out

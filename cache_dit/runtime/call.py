@@ -14,18 +14,33 @@ from .program import TIME_NAMES, read_time
 from .session import Capture, Session, active_session
 
 
+_SLOT = "_compiled_call_impl"
+_ABSENT: Any = object()
+
+
 class CachedCall:
     """Calls the compiled model with its session in force, and brackets the call for the clock and the statistics."""
 
     def __init__(self, module: torch.nn.Module, session: Session, backend: OwnedBackend) -> None:
         self.session = session
         self._module, self._backend = module, backend
+        self._replaced = vars(module).get(_SLOT, _ABSENT)
         self._compiled: Callable[..., Any] | None = None
         self._call: Callable[..., Any] | None = None
         self._capture = session.capture
         self._time_name, self._time_place = _time_argument(module)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        session.call_time = self._time
+
+    def install(self) -> None:
+        """Take the module's ``compile`` slot."""
+        setattr(self._module, _SLOT, self)
+
+    def remove(self) -> None:
+        """Put back what was in the slot."""
+        if self._replaced is _ABSENT:
+            delattr(self._module, _SLOT)
+        else:
+            setattr(self._module, _SLOT, self._replaced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
@@ -43,6 +58,8 @@ class CachedCall:
         with session.lock:
             token = active_session.set(session)
             self._arguments = (args, kwargs)
+            # not for longer than the call: the session must not keep the module alive
+            session.call_time = self._time
             session.begin()
             try:
                 result = compiled(*args, **kwargs)
@@ -55,6 +72,7 @@ class CachedCall:
                 session.end()
             finally:
                 self._arguments = ((), {})
+                session.call_time = None
                 active_session.reset(token)
             if session.capture is not self._capture:
                 self._capture = session.capture

@@ -22,7 +22,7 @@ from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
 from ..torch_internals import outside_inference_mode
-from .buffers import Measurement, ResidualStore, allocate
+from .buffers import Measurement, ResidualStore, Shapes, allocate
 from .clock import ContextKey, StepClock, Tick
 from .program import CachedGraph, UncachedGraph
 from .timing import CallTimer
@@ -118,7 +118,6 @@ class Session:
         self.named_context: str | None = None
         self.runs: RunSource | None = None
         self.runs_whole_schedule = False
-        self.replaced_call: Any = None
         self._forward: Forward | None = None
         self._decisions: dict[int, tuple[Decision, int]] = {}
         self._decided_run = 0
@@ -130,7 +129,7 @@ class Session:
     def begin(self) -> None:
         """A call of the model begins."""
         self._forward = Forward()
-        if self.counters.timed:
+        if self.counters.timed or self.options.debug:
             self.timer.start()
 
     def end(self) -> None:
@@ -148,22 +147,26 @@ class Session:
             self.timer.discard()
         elif counters.timed:
             self.timer.book(hit)
+        else:
+            self.timer.discard()
         if forward.tick is None:
             self._said_why_uncached(forward)
         elif self.options.debug:
             self._log(forward)
 
     def abort(self) -> None:
-        """A call ended in an exception: the run counts as ended."""
+        """A call ended in an exception: the run counts as ended. Nothing measured is read, the device may be lost."""
         self._forward = None
         self.timer.discard()
+        for context in self.contexts.values():
+            context.forget()
         self.end_run()
 
     def end_run(self) -> None:
         """The next call begins a new run; nothing stored may be used in it."""
         self.clock.end_run()
         for context in self.contexts.values():
-            context.forget()
+            self._forget(context)
 
     def new_run(self, num_steps: int | None, sigmas: Sequence[float] | None) -> None:
         """The user says that the next call begins a new run."""
@@ -270,7 +273,7 @@ class Session:
             self.counters.refuse("pattern_broken")
         context = self.contexts.get(tick.context) or self._new_context(tick.context)
         if tick.fresh:
-            context.forget()
+            self._forget(context)
             context.run = tick.run
             if tick.context == 1 and tick.broke:
                 self._drop_other_contexts()
@@ -293,7 +296,12 @@ class Session:
 
     def _drop_other_contexts(self) -> None:
         for context in self.contexts.values():
-            context.forget()
+            self._forget(context)
+
+    def _forget(self, context: Context) -> None:
+        """Nothing this context has stored is valid any more; what its last step measured is counted first."""
+        self._read_all(context)
+        context.forget()
 
     # ---- what is stored ----------------------------------------------------------------------------------------
 
@@ -303,12 +311,12 @@ class Session:
         """The store of a region, emptied where it may not be used; and why it is empty."""
         key = (graph, occurrence)
         store = context.stores.get(key)
-        sizes, weights = graph.sizes(args), graph.watched(args)
-        if store is None or store.sizes != sizes:
+        shapes, weights = graph.shapes(args), graph.watched(args)
+        if store is None or store.shapes != shapes:
             why = "first_call" if not context.stores else "shape_changed"
             context.stores.pop(key, None)
             self._release_stale(context, step)
-            return self._allocate(context, key, graph, sizes, weights), why
+            return self._allocate(context, key, graph, shapes, weights), why
         why = "unused"
         if store.points and store.last_step != step - 1:
             store.forget()
@@ -329,11 +337,11 @@ class Session:
         context: Context,
         key: tuple[CachedGraph, int],
         graph: CachedGraph,
-        sizes: tuple[tuple[int, ...], ...],
+        shapes: Shapes,
         weights: Sequence[torch.Tensor],
     ) -> ResidualStore | None:
         try:
-            store = allocate(graph.inputs, sizes, weights)
+            store = allocate(graph.inputs, shapes, weights)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
                 raise
@@ -428,6 +436,10 @@ class Session:
         wanted = self.options.forecast
         return choose_forecast(store.errors) if wanted == "auto" else wanted
 
+    def _read_all(self, context: Context) -> None:
+        for store in context.stores.values():
+            self._read(store)
+
     def _read(self, store: ResidualStore) -> None:
         """Read what the last computed step measured: whether it was finite, and how far each forecast was off."""
         pending = store.pending
@@ -495,9 +507,22 @@ class Session:
         self.counters.compiles += 1
         self.counters.compile_seconds += seconds
 
+    def reset_statistics(self) -> None:
+        """Set every statistic to zero."""
+        self.timer.reset()
+        self.counters.reset()
+        self._compiles_seen = 0
+
     def statistics(self) -> CacheStats:
         """The measured figures as they stand."""
         self.timer.collect()
+        # during a call of another thread the newest measurement is left for later
+        if self.lock.acquire(blocking=False):
+            try:
+                for context in self.contexts.values():
+                    self._read_all(context)
+            finally:
+                self.lock.release()
         return stats_from(
             self.counters,
             name=self.name,

@@ -57,6 +57,11 @@ class CallTimer:
         """End a call that is not to be counted."""
         self._open = None
 
+    def reset(self) -> None:
+        """Forget every call that has not been booked yet."""
+        self._open = None
+        self._pending.clear()
+
     def collect(self) -> None:
         """Book the calls whose events have passed."""
         while self._pending and self._pending[0][1].query():

@@ -14,12 +14,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from cache_dit.passes import Refusal, Region, choose_region, find_blocks, outline_region
+from cache_dit.passes.outline_region import REGION_NAME
 from torch import Tensor, fx, nn
 
 import cache_dit
-from cache_dit.explanation import Explanation
-from cache_dit.passes import Refusal, Region, choose_region, find_blocks, outline_region
-from cache_dit.passes.outline_region import REGION_NAME
+from cache_dit.explanation import Explanation, RegionReport
 from cache_dit.torch_internals import copy_dynamo_graph
 
 from .tiny import TinyModel
@@ -84,17 +84,18 @@ def check(tiny: TinyModel, *, whole: bool = True) -> Report:
         stats, explanation = cache_dit.get_stats(model), cache_dit.explain(model)
         cache_dit.disable_cache(model)
         untouched = _same_state(state, model) and torch.equal(random_state, torch.get_rng_state())
-        region = explanation.region
-        cached = region is not None and stats.hits == 2 * HITS
+        regions = _regions(explanation)
+        holds_main = any(path.startswith(_main_list(model)) for region in regions for path in region.cached)
+        cached = holds_main and stats.hits == 2 * HITS
         replayed, plain_graphs, plain_breaks = None, graphs, breaks
         if whole or not tiny.streams:
             _reset()
             replayed = _replay(model, tiny)
             plain_graphs, plain_breaks = _compiled()
-        bypassed = _bypass(model, tiny, explanation) if cached and tiny.streams else None
+        bypassed = _bypass(model, tiny, regions) if cached and tiny.streams else None
     _reset()
     skipped = [i for i, mark in enumerate(SCHEDULE) if mark == "0"]
-    computed = [i for i, mark in enumerate(SCHEDULE) if mark == "1" or not cached]
+    computed = [i for i, mark in enumerate(SCHEDULE) if mark == "1" or stats.hits == 0]
     computed_error = max(error(first[i], plain[i]) for i in computed)
     graph_error = max(error(first[i], replayed[i]) for i in skipped) if cached and replayed is not None else None
     eager_error = max(error(first[i], bypassed[i]) for i in skipped) if bypassed is not None else None
@@ -111,7 +112,6 @@ def check(tiny: TinyModel, *, whole: bool = True) -> Report:
         )
         if not holds
     ]
-    found = {} if region is None else _found(region)
     return Report(
         tiny.label,
         cached,
@@ -124,10 +124,10 @@ def check(tiny: TinyModel, *, whole: bool = True) -> Report:
         graph_error=graph_error,
         eager_error=eager_error,
         effect=effect,
-        reason="" if cached else _reason(explanation),
+        reason="" if cached else _reason(explanation, regions if not holds_main else []),
         wrong=tuple(wrong),
         seconds=perf_counter() - start,
-        **found,
+        **_found(regions),
     )
 
 
@@ -137,19 +137,32 @@ def _run(model: nn.Module, tiny: TinyModel) -> list[Outputs]:
     return [tensors_of(model(**inputs)) for inputs in tiny.run(len(SCHEDULE))]
 
 
-def _found(region: Any) -> dict[str, Any]:
+def _regions(explanation: Explanation) -> list[RegionReport]:
+    """The cached parts of a model, the largest first; recompilations of one count once."""
+    regions = {graph.region.cached: graph.region for graph in explanation.graphs if graph.region is not None}
+    return sorted(regions.values(), key=lambda region: -region.nodes)
+
+
+def _found(regions: Sequence[RegionReport]) -> dict[str, Any]:
     return {
-        "lists": region.lists,
-        "blocks": len(region.front) + len(region.cached) + len(region.back),
-        "cached_blocks": len(region.cached),
-        "live_outs": tuple((str(out), out.base) for out in region.live_outs),
+        "lists": tuple(name for region in regions for name in region.lists),
+        "blocks": sum(len(region.front) + len(region.cached) + len(region.back) for region in regions),
+        "cached_blocks": sum(len(region.cached) for region in regions),
+        "live_outs": tuple((str(out), out.base) for region in regions for out in region.live_outs),
     }
 
 
-def _reason(explanation: Explanation) -> str:
-    """Why the largest graph is not cached, and the first graph break."""
+def _main_list(model: nn.Module) -> str:
+    """The path of the module list with the most weights."""
+    lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1}
+    return max(lists, key=lambda path: sum(weight.numel() for weight in lists[path].parameters()))
+
+
+def _reason(explanation: Explanation, others: Sequence[RegionReport]) -> str:
+    """Why the largest graph is not cached, and the first graph break; and what else than the main list is cached."""
     uncached = sorted((graph for graph in explanation.graphs if graph.region is None), key=lambda graph: -graph.nodes)
-    reasons = [graph.refusal_text("en") for graph in uncached[:1]]
+    reasons = [f"only a side list is cached: {', '.join(region.lists)}" for region in others]
+    reasons += [graph.refusal_text("en") for graph in uncached[:1]]
     reasons.extend(f"graph break: {reason}" for reason in dict.fromkeys(explanation.graph_breaks[:1]))
     reasons.extend(f"{key}: {count} calls" for key, count in explanation.refused.items())
     return "; ".join(reasons) or "nothing was compiled"
@@ -257,7 +270,7 @@ class _Bypass:
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.mode = "compute"
-        self.last, self.seen = blocks[-1], False
+        self.last = blocks[-1]
         self.passed: Outputs = []
         self.added: Outputs = []
         for block in blocks:
@@ -277,7 +290,6 @@ class _Bypass:
                 return result
             streams = [None if place is None else given[place] for place in places]
             if block is self.last:
-                self.seen = True
                 present = [stream for stream in streams if stream is not None]
                 if self.mode == "measure":
                     self.added = [out - stream for out, stream in zip(self.passed, present, strict=True)]
@@ -304,19 +316,15 @@ def _stream_places(made: Sequence[Any], given: Sequence[Tensor]) -> list[int | N
     return places
 
 
-def _bypass(model: nn.Module, tiny: TinyModel, explanation: Explanation) -> list[Outputs]:
-    region = explanation.region
-    assert region is not None
+def _bypass(model: nn.Module, tiny: TinyModel, regions: Sequence[RegionReport]) -> list[Outputs]:
     model = copy.deepcopy(model)
-    bypass = _Bypass([model.get_submodule(path) for path in region.cached])
+    parts = [_Bypass([model.get_submodule(path) for path in region.cached]) for region in regions]
     outputs = []
     for mark, inputs, again in zip(SCHEDULE, tiny.run(len(SCHEDULE)), tiny.run(len(SCHEDULE)), strict=True):
-        if mark == "1":
-            bypass.mode = "compute"
-            outputs.append(tensors_of(model(**inputs)))
-            bypass.mode = "measure"
-            model(**again)
-        else:
-            bypass.mode = "add"
-            outputs.append(tensors_of(model(**inputs)))
+        for mode in ("compute", "measure") if mark == "1" else ("add",):
+            for part in parts:
+                part.mode = mode
+            made = tensors_of(model(**(again if mode == "measure" else inputs)))
+            if mode != "measure":
+                outputs.append(made)
     return outputs

@@ -274,7 +274,11 @@ def _text_to_image(channels: int = 4, text: int = 6, width: int = 8, batch: int 
 
 
 MODELS = (
-    TinyModel("FluxTransformer2DModel", {**FLUX, "pooled_projection_dim": 32}, lambda d: {**_tokens(d), "pooled_projections": d(1, 32)}),
+    TinyModel(
+        "FluxTransformer2DModel",
+        {**FLUX, "pooled_projection_dim": 32},
+        lambda d: {**_tokens(d), "pooled_projections": d(1, 32)},
+    ),
     TinyModel("SD3Transformer2DModel", SD3, _sd3),
     TinyModel("SD3Transformer2DModel", {**SD3, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}, _sd3, variant="dual"),
     TinyModel(

@@ -23,20 +23,21 @@ def discovered() -> dict[str, str]:
     """Name of each transformer class of the installed diffusers -> the module that defines it.
 
     These are the models (``ModelMixin``) of ``diffusers.models.transformers``, those defined elsewhere with
-    "Transformer", "DiT" or "DiffuserModel" in their names, and modules named "Transformer…Model". Read from the sources: importing
-    every pipeline takes minutes.
+    "Transformer", "DiT" or "DiffuserModel" in their names, and modules named "Transformer…Model". Read from the
+    sources: importing every pipeline takes minutes.
     """
     spec = importlib.util.find_spec("diffusers")
     assert spec is not None and spec.origin is not None
     root = Path(spec.origin).parent
     found = {}
-    for path in sorted([*root.glob("models/**/*.py"), *root.glob("pipelines/**/*.py"), *root.glob("modular_pipelines/**/*.py")]):
+    folders = ("models", "pipelines", "modular_pipelines")
+    for path in sorted(path for folder in folders for path in root.glob(f"{folder}/**/*.py")):
         place = path.relative_to(root).with_suffix("").parts
         if "autoencoders" in place:
             continue
         for name, bases in _CLASS.findall(path.read_text()):
             is_model = "ModelMixin" in bases and (place[:2] == ("models", "transformers") or _NAME.search(name))
-            if is_model or re.fullmatch(r"\w*Transformer\w*Model", name) and "nn.Module" in bases:
+            if is_model or (re.fullmatch(r"\w*Transformer\w*Model", name) and "nn.Module" in bases):
                 found[name] = ".".join(("diffusers", *place))
     return found
 
@@ -83,13 +84,14 @@ class TinyModel:
         return f"{self.name}+{self.variant}" if self.variant else self.name
 
     def build(self) -> nn.Module:
-        """The model with random weights: also where the class begins with zeros, which would hide every error."""
+        """The model with random weights: also where the class begins with zeros, or with memory as it comes."""
         module = importlib.import_module(discovered()[self.name])
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model: nn.Module = getattr(module, self.name)(**self.config).eval()
             for parameter in model.parameters():
-                if parameter.is_floating_point() and not parameter.any():
+                size = float(parameter.double().abs().mean())
+                if not 1e-4 < size < 10.0:
                     parameter.normal_(std=0.2)
         return model
 

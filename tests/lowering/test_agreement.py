@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from cache_dit.lowering import LOWERINGS, InnerCompiler, choose_lowering, with_cache_examples
 from cache_dit.runtime.program import Programs
 from cache_dit.torch_internals import copy_dynamo_graph, inner_compiler
-from tests.models import VARIANTS, CacheState, JointDiT, Stack, TinyDiT, example, rewrite, run, seeded, traced_variant
+from tests.models import VARIANTS, CacheState, JointDiT, Stack, example, rewrite, run, seeded, traced_variant
 
 EVERYTHING = BranchOptions(history=2, noise=True, front_clock=True)
 EAGER = inner_compiler("eager", None, {})
@@ -74,35 +74,19 @@ def test_the_forms_agree_bit_for_bit_and_computed_steps_with_the_model(name: str
         assert torch.equal(step.outputs[0], expected) is compute
 
 
-def test_aot_eager_agrees_to_rounding() -> None:
-    compile_inner = inner_compiler("aot_eager", None, {})
-    models: dict[str, tuple[Callable[[], nn.Module], bool]] = {
-        "stack": (Stack, False),
-        "two streams": (lambda: JointDiT(2, 0), True),
-    }
-    for build, context in models.values():
-        for form in LOWERINGS:
-            found = compiled_whole(build, [example(context=context)] * 5, form, compile_inner)
-            assert_close(found.compiled, found.eager)
-
-
 class Compiled(NamedTuple):
-    """The steps of a compiled form, and those of the eager specialized form for the same calls."""
+    """The steps of each form, those of the eager specialized form for the same calls, and what the model itself gave."""
 
-    compiled: list[Step]
+    forms: dict[str, list[Step]]
     eager: list[Step]
     plain: list[Tensor]
 
 
-def compiled_whole(
-    build: Callable[[], nn.Module],
-    calls: Sequence[tuple[Tensor, ...]],
-    form: str,
-    compile_inner: InnerCompiler,
-    dynamic: bool | None = None,
+def compiled(
+    build: Callable[[], nn.Module], calls: Sequence[tuple[Tensor, ...]], inner: str, dynamic: bool | None = None
 ) -> Compiled:
     """Lower inside a backend, as it is done in earnest, then call the programs by hand."""
-    made: list[tuple[Programs, Programs, CacheInputs]] = []
+    made: list[tuple[dict[str, Programs], CacheInputs]] = []
     flats: list[tuple[Any, ...]] = []
 
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -110,8 +94,10 @@ def compiled_whole(
         _, inputs = rewrite(graph, EVERYTHING)
         graph.recompile()
         all_examples = with_cache_examples(graph, examples)
-        eager = LOWERINGS["specialize"].lower(graph, all_examples, EAGER)
-        made.append((LOWERINGS[form].lower(graph, all_examples, compile_inner), eager, inputs))
+        compile_inner = inner_compiler(inner, None, {})
+        programs = {name: form.lower(graph, all_examples, compile_inner) for name, form in LOWERINGS.items()}
+        programs["eager"] = LOWERINGS["specialize"].lower(graph, all_examples, EAGER)
+        made.append((programs, inputs))
 
         def forward(*flat: Any) -> Any:
             flats.append(flat)
@@ -120,35 +106,39 @@ def compiled_whole(
         return forward
 
     torch._dynamo.reset()
-    model = seeded(build)
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    model = torch.compile(seeded(build), backend=backend, fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
-        plain = [compiled(*arguments) for arguments in calls]
+        plain = [model(*arguments) for arguments in calls]
     torch._dynamo.reset()
-    ((programs, eager, inputs),) = made
+    ((programs, inputs),) = made
     batch, tokens = calls[0][0].shape[:2]
     sizes = [(batch, tokens, 8), *([(batch, 3, 8)] if len(calls[0]) == 3 else []), (batch, tokens, 8)]
-    steps = [driven(each, CacheState(inputs, sizes), flats, outputs=1) for each in (programs, eager)]
-    return Compiled(steps[0], steps[1], plain)
+    steps = {name: driven(each, CacheState(inputs, sizes), flats, outputs=1) for name, each in programs.items()}
+    return Compiled(steps, steps.pop("eager"), plain)
 
 
-@pytest.mark.parametrize("form", LOWERINGS)
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_one_program_serves_every_size_under_dynamic_shapes(form: str, inner: str) -> None:
-    compile_inner = inner_compiler(inner, None, {})
-    calls = [example(seed=seed, tokens=7) for seed in range(5)]
-    found = compiled_whole(Stack, calls, form, compile_inner, dynamic=True)
-    (assert_equal if inner == "eager" else assert_close)(found.compiled, found.eager)
-    for (compute, _), step, plain in zip(DECISIONS, found.compiled, found.plain, strict=True):
-        assert torch.allclose(step.outputs[0], plain, rtol=1e-5, atol=1e-6) is compute
+def test_aot_eager_agrees_to_rounding() -> None:
+    found = compiled(lambda: JointDiT(2, 0), [example(context=True)] * 5, "aot_eager")
+    for steps in found.forms.values():
+        assert_close(steps, found.eager)
+
+
+@pytest.mark.parametrize(("inner", "assert_alike"), [("eager", assert_equal), ("aot_eager", assert_close)])
+def test_one_program_serves_every_call_under_dynamic_shapes(
+    inner: str, assert_alike: Callable[[list[Step], list[Step]], None]
+) -> None:
+    found = compiled(Stack, [example(seed=seed, tokens=7) for seed in range(5)], inner, dynamic=True)
+    for steps in found.forms.values():
+        assert_alike(steps, found.eager)
+        for (compute, _), step, plain in zip(DECISIONS, steps, found.plain, strict=True):
+            assert torch.allclose(step.outputs[0], plain, rtol=1e-5, atol=1e-6) is compute
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", LOWERINGS)
-def test_inductor_agrees_to_rounding(form: str) -> None:
-    compile_inner = inner_compiler("inductor", None, {})
-    found = compiled_whole(lambda: TinyDiT(2), [example(seed=seed) for seed in range(5)], form, compile_inner)
-    assert_close(found.compiled, found.eager)
+def test_inductor_agrees_to_rounding() -> None:
+    found = compiled(lambda: Stack(2), [example(seed=seed) for seed in range(5)], "inductor")
+    for steps in found.forms.values():
+        assert_close(steps, found.eager)
 
 
 def test_a_form_that_is_not_built_gives_way_to_the_default() -> None:

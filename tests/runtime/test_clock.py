@@ -1,0 +1,380 @@
+"""Runs, contexts and steps: what a call of the model is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_dit.runtime.clock import MAX_UNNAMED_CONTEXTS, ContextKey, StepClock, Tick
+
+Call = float | tuple[float | None, str] | None
+
+
+def ticked(clock: StepClock, calls: Iterable[Call]) -> list[Tick]:
+    """Make calls: a timestep, or a timestep with the name of its context."""
+    return [clock.tick(*call) if isinstance(call, tuple) else clock.tick(call) for call in calls]
+
+
+def shown(ticks: Iterable[Tick]) -> str:
+    """Each call as run.context.step, with * where nothing stored may be used and ! where the pattern broke."""
+    return " ".join(f"{t.run}.{t.context}.{t.step}{'*' * t.fresh}{'!' * t.broke}" for t in ticks)
+
+
+def counted(*calls: Call) -> str:
+    return shown(ticked(StepClock(), calls))
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        pytest.param([9, 8, 7, 6], "1.1.1* 1.1.2 1.1.3 1.1.4", id="one context"),
+        pytest.param([9, 9, 8, 8, 7, 7], "1.1.1* 1.2.1* 1.1.2 1.2.2 1.1.3 1.2.3", id="two contexts"),
+        pytest.param([9, 9, 9, 8, 8, 8], "1.1.1* 1.2.1* 1.3.1* 1.1.2 1.2.2 1.3.2", id="three contexts"),
+        pytest.param([9, 8, 8, 7, 7, 6, 6], "1.1.1* 1.1.2 1.1.3 1.1.4 1.1.5 1.1.6 1.1.7", id="Heun"),
+        pytest.param([9, 8.5, 8, 7.5, 7], "1.1.1* 1.1.2 1.1.3 1.1.4 1.1.5", id="a midpoint between the steps"),
+        pytest.param(
+            [9, 9, 8, 8, 8, 8, 7, 7, 7, 7],
+            "1.1.1* 1.2.1* 1.1.2 1.2.2 1.1.3 1.2.3 1.1.4 1.2.4 1.1.5 1.2.5",
+            id="Heun with two contexts",
+        ),
+        pytest.param([0, 0.1, 0.2, 0.3], "1.1.1* 1.1.2 1.1.3 1.1.4", id="time flows upward"),
+        pytest.param([0, 0, 0.1, 0.1, 0, 0, 0.1], "1.1.1* 1.2.1* 1.1.2 1.2.2 2.1.1* 2.2.1* 2.1.2", id="upward, twice"),
+        pytest.param([9, 8, 7, 9, 8, 7], "1.1.1* 1.1.2 1.1.3 2.1.1* 2.1.2 2.1.3", id="a jump begins a run"),
+        pytest.param([9, 8, 7, 7.5, 7], "1.1.1* 1.1.2 1.1.3 2.1.1* 2.1.2", id="a small jump too"),
+        pytest.param([9, 8, 9, 9, 8, 8], "1.1.1* 1.1.2 2.1.1* 2.2.1* 2.1.2 2.2.2", id="the next run has more contexts"),
+        pytest.param([9, 9, 8, 8, 9, 8], "1.1.1* 1.2.1* 1.1.2 1.2.2 2.1.1* 2.1.2", id="the next run has fewer contexts"),
+        pytest.param([9, 9, 8, 9, 9, 8, 8], "1.1.1* 1.2.1* 1.1.2 2.1.1* 2.2.1* 2.1.2 2.2.2", id="cut in mid-step"),
+        pytest.param([9, 9, 9], "1.1.1* 1.2.1* 1.3.1*", id="models that sample in one step never reuse"),
+    ],
+)
+def test_unnamed_calls(calls: Sequence[float], expected: str) -> None:
+    assert counted(*calls) == expected
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        pytest.param(
+            [9, 9, 8, 8, 7, 6, 5],
+            "1.1.1* 1.2.1* 1.1.2 1.2.2 1.1.3 2.1.1*! 2.1.2",
+            id="guidance ends",
+        ),
+        pytest.param(
+            [9, 9, 9, 8, 8, 8, 7, 7, 6, 6, 5, 5],
+            "1.1.1* 1.2.1* 1.3.1* 1.1.2 1.2.2 1.3.2 1.1.3 1.2.3 2.1.1*! 2.2.1* 2.1.2 2.2.2",
+            id="one of three contexts ends",
+        ),
+        pytest.param(
+            [9, 8, 7, 7, 6, 6, 5, 5],
+            "1.1.1* 1.1.2 1.1.3 2.1.1*! 3.1.1* 3.2.1* 3.1.2 3.2.2",
+            id="guidance begins: the step in which it does tells no contexts",
+        ),
+        pytest.param(
+            [9, 9, 8, 8, 7, 7, 7, 6, 6, 6, 5, 5, 5],
+            "1.1.1* 1.2.1* 1.1.2 1.2.2 1.1.3 1.2.3 2.1.1*! 3.1.1* 3.2.1* 3.3.1* 3.1.2 3.2.2 3.3.2",
+            id="a third context begins",
+        ),
+        pytest.param(
+            [9, 8, 7, 7, 6, 6, 5, 4],
+            "1.1.1* 1.1.2 1.1.3 2.1.1*! 3.1.1* 3.2.1* 3.1.2 4.1.1*!",
+            id="guidance in the middle of the run",
+        ),
+        pytest.param(
+            [9, 9, 8, 8, 7, 7, 6, 9, 9, 8],
+            "1.1.1* 1.2.1* 1.1.2 1.2.2 1.1.3 1.2.3 1.1.4 2.1.1* 2.2.1* 2.1.2",
+            id="a cut that jumps back is a new run, not a broken pattern",
+        ),
+    ],
+)
+def test_a_broken_pattern_starts_the_count_anew(calls: Sequence[float], expected: str) -> None:
+    assert counted(*calls) == expected
+
+
+def test_a_run_cut_after_its_first_call_and_begun_again_is_found_out_at_the_third_step() -> None:
+    """The two calls look like two contexts until the timestep changes again."""
+    assert counted(9, 9, 8, 7, 6, 5) == "1.1.1* 1.2.1* 1.1.2 2.1.1*! 2.1.2 2.1.3"
+    assert counted(9, 9, 9, 8, 8, 7, 7, 6, 6) == "1.1.1* 1.2.1* 1.3.1* 1.1.2 1.2.2 2.1.1*! 2.2.1* 2.1.2 2.2.2"
+
+
+def test_the_same_timestep_forever_never_reuses_and_does_not_grow() -> None:
+    clock = StepClock()
+    ticks = ticked(clock, [0.5] * 1000)
+    assert all(tick.fresh and tick.step == 1 and not tick.broke for tick in ticks)
+    assert {tick.context for tick in ticks} == set(range(1, MAX_UNNAMED_CONTEXTS + 1))
+    named = ticked(clock, [(0.5, "cond")] * 1000)
+    assert all(tick.fresh and tick.step == 1 for tick in named)
+    assert [tick.run for tick in named] == list(range(named[0].run, named[0].run + 1000))
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        pytest.param(
+            [(9, "a"), (9, "b"), (8, "a"), (8, "b")],
+            "1.a.1* 1.b.1* 1.a.2 1.b.2",
+            id="two contexts",
+        ),
+        pytest.param(
+            [(9, "a"), (8, "a"), (8, "b"), (7, "a"), (7, "b"), (6, "a")],
+            "1.a.1* 1.a.2 1.b.1* 1.a.3 1.b.2 1.a.4",
+            id="guidance in the middle of the run",
+        ),
+        pytest.param(
+            [(9, "a"), (9, "b"), (8, "a"), (8, "b"), (9, "a"), (9, "b"), (8, "b")],
+            "1.a.1* 1.b.1* 1.a.2 1.b.2 2.a.1* 2.b.1* 2.b.2",
+            id="both enter the new run",
+        ),
+        pytest.param(
+            [(9, "a"), (9, "b"), (9, "a"), (9, "b"), (8, "a"), (8, "b")],
+            "1.a.1* 1.b.1* 2.a.1* 2.b.1* 2.a.2 2.b.2",
+            id="begun again at the same first timestep",
+        ),
+        pytest.param(
+            [(9, "a"), (9, "a"), (9, "b"), (8, "a"), (8, "b")],
+            "1.a.1* 2.a.1* 2.b.1* 2.a.2 2.b.2",
+            id="cut after the first call and begun again",
+        ),
+        pytest.param(
+            [(9, "a"), (9, "b"), (8, "a"), (9, "a"), (9, "b"), (8, "a"), (8, "b")],
+            "1.a.1* 1.b.1* 1.a.2 2.a.1* 2.b.1* 2.a.2 2.b.2",
+            id="cut in mid-step",
+        ),
+        pytest.param(
+            [(9, "a"), (8, "a"), (8, "a"), (7, "a"), (7, "a")],
+            "1.a.1* 1.a.2 1.a.3 1.a.4 1.a.5",
+            id="Heun",
+        ),
+        pytest.param(
+            [(9, "high"), (8, "high"), (7, "low"), (6, "low"), (9, "high"), (8, "high"), (7, "low")],
+            "1.high.1* 1.high.2 1.low.1* 1.low.2 2.high.1* 2.high.2 2.low.1*",
+            id="experts in sequence",
+        ),
+    ],
+)
+def test_named_contexts(calls: Sequence[tuple[float, str]], expected: str) -> None:
+    assert counted(*calls) == expected
+
+
+def test_two_named_generations_that_interleave_keep_their_steps_apart() -> None:
+    """One may begin, jump and end while the other is under way."""
+    first, second = [9.0, 8.0, 7.0, 6.0, 9.0, 8.0], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    calls: list[Call] = [call for a, b in zip(first, second, strict=True) for call in ((a, "first"), (b, "second"))]
+    ticks = ticked(StepClock(), calls)
+    assert [(t.step, t.fresh) for t in ticks[::2]] == [(1, True), (2, False), (3, False), (4, False), (1, True), (2, False)]
+    assert [(t.step, t.fresh) for t in ticks[1::2]] == [(1, True), *((n, False) for n in range(2, 7))]
+
+
+def test_names_and_turns_may_mix_in_one_run() -> None:
+    assert counted((9, "a"), 9, 9, (8, "a"), 8, 8) == "1.a.1* 1.1.1* 1.2.1* 1.a.2 1.1.2 1.2.2"
+
+
+def test_a_context_that_is_dropped_begins_again() -> None:
+    clock = StepClock()
+    ticked(clock, [(9, "a"), (9, "b"), (8, "a"), (8, "b")])
+    clock.forget_context("a")
+    assert shown(ticked(clock, [(7, "a"), (7, "b")])) == "1.a.1* 1.b.3"
+    clock.forget_context("unknown")
+    clock.forget_context(1)
+
+
+def test_new_run_begins_one_with_the_next_call() -> None:
+    clock = StepClock()
+    assert shown(ticked(clock, [9, 8])) == "1.1.1* 1.1.2"
+    clock.new_run(num_steps=5)
+    assert not clock.running
+    assert shown(ticked(clock, [7, 6])) == "2.1.1* 2.1.2"
+    assert clock.running
+    clock.new_run()
+    assert shown(ticked(clock, [(6, "a"), (6, "b"), (5, "a")])) == "3.a.1* 3.b.1* 3.a.2"
+    clock.new_run()
+    assert shown(ticked(clock, [(4, "a"), (4, "b")])) == "4.a.1* 4.b.1*"
+
+
+def test_the_end_of_a_run_is_followed_by_a_new_one_at_any_timestep() -> None:
+    clock = StepClock()
+    ticked(clock, [9, 9, 8, 8])
+    clock.end_run()
+    assert shown(ticked(clock, [7, 7, 6, 6])) == "2.1.1* 2.2.1* 2.1.2 2.2.2"
+
+
+def test_without_timesteps_every_call_is_a_step_until_new_run() -> None:
+    clock = StepClock()
+    assert not clock.manual
+    clock.new_run(num_steps=3)
+    assert clock.manual
+    assert shown(ticked(clock, [None, None, None])) == "1.1.1* 1.1.2 1.1.3"
+    clock.new_run()
+    assert shown(ticked(clock, [None, None])) == "2.1.1* 2.1.2"
+    clock.new_run()
+    assert shown(ticked(clock, [(None, "a"), (None, "b"), (None, "a"), (None, "b")])) == "3.a.1* 3.b.1* 3.a.2 3.b.2"
+
+
+SIGMAS = (9.0, 6.0, 3.0, 6.0, 3.0, 0.0)
+
+
+def test_a_jump_to_a_level_that_the_run_lists_is_a_step() -> None:
+    clock = StepClock()
+    clock.new_run(sigmas=SIGMAS)
+    assert (clock.num_steps, clock.sigmas) == (5, SIGMAS)
+    assert shown(ticked(clock, SIGMAS[:-1])) == "1.1.1* 1.1.2 1.1.3 1.1.4 1.1.5"
+    clock.new_run(sigmas=SIGMAS)
+    assert shown(ticked(clock, [(s, "a") for s in SIGMAS[:-1]])) == "2.a.1* 2.a.2 2.a.3 2.a.4 2.a.5"
+
+
+def test_a_jump_to_any_other_level_begins_a_run_that_has_no_levels() -> None:
+    clock = StepClock()
+    clock.new_run(num_steps=5, sigmas=SIGMAS)
+    assert shown(ticked(clock, [9, 6, 3, 7])) == "1.1.1* 1.1.2 1.1.3 2.1.1*"
+    assert (clock.num_steps, clock.sigmas) == (None, None)
+    assert shown(ticked(clock, [3, 6])) == "2.1.2 3.1.1*"
+
+
+@pytest.mark.parametrize("name", [None, "a"])
+def test_a_run_that_nobody_announced_is_found_behind_one_with_levels(name: str | None) -> None:
+    """It begins where the last one began: no sampler goes back there within a run."""
+    clock = StepClock()
+    clock.new_run(sigmas=(9.0, 6.0, 3.0, 0.0))
+    ticks = [clock.tick(time, name) for time in (9.0, 6.0, 3.0, 9.0, 6.0)]
+    assert [(t.run, t.step, t.fresh) for t in ticks] == [
+        *((1, 1, True), (1, 2, False), (1, 3, False)),
+        *((2, 1, True), (2, 2, False)),
+    ]
+    assert clock.sigmas is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_listed_levels_are_known_again_in_the_precision_of_the_model(dtype: torch.dtype) -> None:
+    sigmas = (0.99, 0.61, 0.33, 0.67, 0.35, 0.0)
+    clock = StepClock()
+    clock.new_run(sigmas=sigmas)
+    ticks = ticked(clock, torch.tensor(sigmas, dtype=dtype)[:-1].tolist())
+    assert [tick.step for tick in ticks] == [1, 2, 3, 4, 5]
+    assert clock.tick(0.9).fresh, "not listed"
+
+
+def test_the_schedule_belongs_to_the_run_it_was_given_for() -> None:
+    clock = StepClock()
+    clock.announce(4, (9.0, 8.0, 7.0, 6.0, 0.0))
+    assert not clock.manual
+    ticked(clock, [9, 9, 8, 8])
+    assert clock.num_steps == 4
+    ticked(clock, [7, 6])
+    assert clock.num_steps is None, "the pattern broke: the steps are counted anew"
+    clock.new_run(num_steps=7)
+    ticked(clock, [(9, "a"), (9, "b"), (8, "a"), (8, "b")])
+    assert clock.num_steps == 7, "a second context enters the same run"
+    ticked(clock, [(9, "a")])
+    assert clock.num_steps is None
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+# Timesteps of a run, descending; mirrored for the models in which time flows the other way.
+times = st.lists(st.integers(1, 999), min_size=2, max_size=12, unique=True).map(lambda t: sorted(map(float, t), reverse=True))
+FIRST = 1000.0
+
+
+@st.composite
+def runs(draw: st.DrawFn, named: bool | None = None) -> tuple[list[list[Call]], int, bool]:
+    """Several runs of k contexts, all from the same first timestep; k; whether the contexts are named."""
+    k = draw(st.integers(1, 4))
+    names = draw(st.booleans()) if named is None else named
+    mirrored = draw(st.booleans())
+    result: list[list[Call]] = []
+    for _ in range(draw(st.integers(1, 4))):
+        steps = [FIRST, *draw(times)]
+        signed = [-time for time in steps] if mirrored else steps
+        result.append([(time, str(c)) if names else time for time in signed for c in range(1, k + 1)])
+    return result, k, names
+
+
+def place(index: int, k: int, named: bool) -> tuple[ContextKey, int]:
+    """Context and step of the call at a place in its run."""
+    context = index % k + 1
+    return (str(context) if named else context), index // k + 1
+
+
+@given(runs())
+def test_every_call_of_whole_runs_has_its_run_context_and_step(given_runs: tuple[list[list[Call]], int, bool]) -> None:
+    sequence, k, named = given_runs
+    clock = StepClock()
+    for number, calls in enumerate(sequence, start=1):
+        for index, tick in enumerate(ticked(clock, calls)):
+            context, step = place(index, k, named)
+            assert tick == Tick(number, context, step, step == 1, False)
+
+
+@given(runs(), st.data())
+def test_nothing_of_a_run_that_was_cut_is_used_in_the_next(
+    given_runs: tuple[list[list[Call]], int, bool], data: st.DataObject
+) -> None:
+    """Runs cut anywhere behind their first step; the next one begins against the direction."""
+    sequence, k, named = given_runs
+    clock = StepClock()
+    for calls in sequence:
+        cut = data.draw(st.integers(k + 1, len(calls)))
+        for index, tick in enumerate(ticked(clock, calls[:cut])):
+            context, step = place(index, k, named)
+            assert (tick.context, tick.step, tick.fresh) == (context, step, step == 1)
+
+
+@given(runs(named=True), st.data())
+def test_named_contexts_survive_a_cut_in_the_first_step_too(
+    given_runs: tuple[list[list[Call]], int, bool], data: st.DataObject
+) -> None:
+    sequence, k, _ = given_runs
+    clock = StepClock()
+    for calls in sequence:
+        cut = data.draw(st.integers(1, len(calls)))
+        for index, tick in enumerate(ticked(clock, calls[:cut])):
+            context, step = place(index, k, True)
+            assert (tick.context, tick.step, tick.fresh) == (context, step, step == 1)
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=8), st.integers(1, 3))
+def test_numbers_of_contexts_that_change_never_mix_contexts_once_the_clock_has_noticed(counts: list[int], length: int) -> None:
+    """Any pattern at all: a call that is not fresh follows a fresh one of its context, one step later, in the same run."""
+    clock = StepClock()
+    last: dict[ContextKey, Tick] = {}
+    for step, count in enumerate(itertools.chain.from_iterable(itertools.repeat(c, length) for c in counts)):
+        for _ in range(count):
+            tick = clock.tick(100.0 - step)
+            if not tick.fresh:
+                before = last[tick.context]
+                assert (before.run, before.step) == (tick.run, tick.step - 1)
+            last[tick.context] = tick
+
+
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.integers(3, 8))
+def test_a_new_number_of_contexts_is_right_again_a_step_later(k: int, before: int, changed: int, steps: int) -> None:
+    """After at least three steps of k contexts, the clock finds out within two steps that there are others."""
+    clock = StepClock()
+    head = [100.0 - n for n in range(3 + before) for _ in range(k)]
+    ticked(clock, head)
+    tail = [50.0 - n for n in range(steps) for _ in range(changed)]
+    ticks = ticked(clock, tail)
+    settled = ticks[2 * changed :]
+    if changed == k or (k % changed and changed % k):
+        pass
+    start = settled[0].step
+    if k % changed == 0 and changed < k:
+        return  # fewer calls, in whole turns: told from a sampler that evaluates less often by nothing
+    for index, tick in enumerate(settled):
+        context, step = place(index, changed, False)
+        assert (tick.context, tick.step) == (context, step + start - 1)
+
+
+@given(st.lists(st.one_of(st.floats(allow_nan=False), st.none()), max_size=60), st.booleans())
+def test_any_timesteps_at_all_are_counted(timesteps: list[float | None], named: bool) -> None:
+    clock = StepClock()
+    run = 0
+    for time in timesteps:
+        tick = clock.tick(time, "a" if named else None)
+        assert tick.run >= run
+        assert tick.fresh == (tick.step == 1)
+        run = tick.run
