@@ -219,7 +219,21 @@ def _rank(gm: fx.GraphModule, region: Region, span: _Span) -> int:
     if any(out.base is None for out in region.live_outs):
         return 0
     made = _made_before(list(gm.graph.nodes), span)
-    return 2 if not span.front or all(out.base in made for out in region.live_outs) else 1
+    return 2 if not span.front or all(_continues_stream(out, region, made) for out in region.live_outs) else 1
+
+
+def _continues_stream(out: LiveOut, region: Region, made: set[fx.Node]) -> bool:
+    """Whether the base was made by the last front block, and no other value of its shape is what ``out`` adds to.
+
+    A control branch has the shape of the stream that it steers: what the main blocks add to passes it by.
+    """
+    value = example_of(out.node)
+    if out.base not in made or not isinstance(value, torch.Tensor):
+        return False
+    if out.additive:
+        return True
+    _, adds = _reached(out.node, set(region.nodes))
+    return not any(_same_shape(example_of(node), value) for node in adds if not is_parameter(node))
 
 
 def _made_before(order: Sequence[fx.Node], span: _Span) -> set[fx.Node]:

@@ -11,6 +11,9 @@ from .module_paths import block_path, is_compute, memberships
 
 MIN_BLOCK_NODES = 3
 MIN_BLOCKS = 2
+# Attributes that end in a number are blocks (block0, block1, block2) or parts of one (norm1, attn1, norm2): blocks are
+# more than two, and most of what runs from the first to the last of them.
+MIN_NAMED_BLOCKS = 3
 # Lists of one chain may have some glue between them (a concat, a reshape), not another part of the model.
 MAX_GLUE_NODES = 12
 MAX_GLUE_BLOCKS = 1.5
@@ -103,22 +106,34 @@ def _containers(nodes: Sequence[fx.Node]) -> dict[str, _Candidate]:
 
 
 def _is_repeated(candidate: _Candidate) -> bool:
-    return sum(len(positions) >= MIN_BLOCK_NODES for positions in candidate.members.values()) >= MIN_BLOCKS
+    blocks = sum(len(positions) >= MIN_BLOCK_NODES for positions in candidate.members.values())
+    if not candidate.path.endswith("*"):
+        return blocks >= MIN_BLOCKS
+    return blocks >= MIN_NAMED_BLOCKS and 2 * candidate.size > candidate.last - candidate.first
 
 
 def _without_nested(found: dict[str, _Candidate]) -> list[_Candidate]:
-    """Drop lists inside the blocks of another list; a short outer list (stages of a U-Net) gives way to a longer inner."""
+    """Drop lists inside the blocks of another list.
+
+    A short outer list (stages of a U-Net) gives way to a longer inner one that does most of its block's work.
+    """
     dropped: set[str] = set()
     for outer in found:
         inner = [path for path in found if path != outer and _is_inside(path, outer)]
         if not inner:
             continue
-        longest = max(len(found[path].members) for path in inner)
+        longest = max((len(found[path].members) for path in inner if _fills_block(found[path], found[outer])), default=0)
         if len(found[outer].members) < 3 and longest > len(found[outer].members):
             dropped.add(outer)
         else:
             dropped.update(inner)
     return [candidate for path, candidate in found.items() if path not in dropped]
+
+
+def _fills_block(inner: _Candidate, outer: _Candidate) -> bool:
+    first = inner.first
+    block = next(positions for positions in outer.members.values() if first in positions)
+    return 2 * inner.size > len(block)
 
 
 def _is_inside(path: str, outer: str) -> bool:

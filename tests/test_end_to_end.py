@@ -408,7 +408,10 @@ class FallingDiT(models.TinyDiT):
         super().__init__(4, Falling)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.head(self.run_blocks(self.embed(x), t[:, None]))
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h, t[:, None])
+        return self.head(h)
 
 
 @pytest.mark.parametrize("forecast", ["lagrange", "taylor", "auto"])

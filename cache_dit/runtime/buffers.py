@@ -19,9 +19,13 @@ Sizes = tuple[tuple[int, ...], ...]
 
 @dataclass(slots=True)
 class Measurement:
-    """Statistics of a computed step, not yet read: reading waits for the device, so it is left to the next decision."""
+    """Statistics of a computed step, not yet read: reading waits for the device, so it is left to the next decision.
+
+    ``replaced`` are those of the step before, which hold again where this one turns out not to be finite.
+    """
 
     values: torch.Tensor
+    replaced: torch.Tensor
     before: tuple[Point, ...]
     target: Point
 
@@ -34,6 +38,7 @@ class ResidualStore:
     """
 
     sizes: Sizes
+    dynamic: tuple[int, ...]
     residuals: list[list[torch.Tensor]]
     measured: torch.Tensor
     front: torch.Tensor | None
@@ -61,7 +66,7 @@ class ResidualStore:
 
     def computed(self, point: Point, values: torch.Tensor) -> None:
         """Note that the program has overwritten the oldest residual with that of ``point``. References move, no data."""
-        self.pending = Measurement(values, self.points, point)
+        self.pending = Measurement(values, self.measured, self.points, point)
         self.measured = values
         for history in self.residuals:
             history.insert(0, history.pop())
@@ -75,8 +80,9 @@ class ResidualStore:
         self.front_known = False
         self.errors.clear()
 
-    def drop_newest(self) -> None:
-        """The newest residual turned out not to be finite: take it out of the forecasts."""
+    def drop_newest(self, measured: torch.Tensor) -> None:
+        """The newest residual turned out not to be finite: take it out of the forecasts. ``measured`` holds without it."""
+        self.measured = measured
         for history in self.residuals:
             history.append(history.pop(0))
         self.points = self.points[1:]
@@ -84,7 +90,7 @@ class ResidualStore:
 
 
 class WeightMark:
-    """A sample of a model's weights by identity and write counter, to notice that they changed within a run."""
+    """A model's weights by identity and write counter, to notice that they changed within a run."""
 
     __slots__ = ("references", "versions")
 
@@ -99,10 +105,13 @@ class WeightMark:
         return self.versions is None or self.versions == write_counters(weights)
 
 
-def allocate(inputs: CacheInputs, sizes: Sizes, weights: Sequence[torch.Tensor]) -> ResidualStore:
+def allocate(
+    inputs: CacheInputs, sizes: Sizes, dynamic: tuple[int, ...], weights: Sequence[torch.Tensor]
+) -> ResidualStore:
     """Take the buffers, filled with zeros: a weight of 0 does not exclude a buffer that holds NaN.
 
-    ``sizes`` has one entry for each live-out, and one for the front's output where the program keeps it.
+    ``sizes`` has one entry for each live-out, and one for the front's output where the program keeps it; ``dynamic`` are
+    the sizes of the graph's inputs for which the store is valid.
     """
     with outside_inference_mode():
         residuals = [
@@ -114,4 +123,4 @@ def allocate(inputs: CacheInputs, sizes: Sizes, weights: Sequence[torch.Tensor])
         front = None
         if inputs.front is not None:
             front = torch.zeros(sizes[-1], dtype=inputs.front.dtype, device=inputs.front.device)
-    return ResidualStore(sizes, residuals, measured, front, WeightMark(weights))
+    return ResidualStore(sizes, dynamic, residuals, measured, front, WeightMark(weights))

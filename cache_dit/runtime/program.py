@@ -34,7 +34,6 @@ TIME_NAMES = (
     "diffusion_timestep",
     "time_cond",
 )
-MAX_WATCHED_WEIGHTS = 32
 
 FindSession = Callable[["CachedGraph", Sequence[Any]], "Session | None"]
 FlatCall = Callable[[Sequence[Any]], Sequence[Any]]
@@ -68,12 +67,13 @@ class CachedGraph:
     __slots__ = (
         "_find_session",
         "_plain",
-        "_shape_of",
+        "dynamic_sizes",
         "frame",
         "inputs",
         "outputs",
         "programs",
         "report",
+        "sizes",
         "time_index",
         "watched",
         "weight_index",
@@ -95,7 +95,8 @@ class CachedGraph:
         self.outputs = len(next(iter(reversed(original.graph.nodes))).args[0])
         self.time_index = find_time(placeholders)
         self.weight_index, self.watched = _watched_weights(placeholders)
-        self._shape_of = SizeReader(placeholders, inputs)
+        reader = SizeReader(placeholders, inputs)
+        self.dynamic_sizes, self.sizes = reader.read, reader.sizes
 
     def __call__(self, *args: Any) -> Any:
         session = self._find_session(self, args)
@@ -108,37 +109,34 @@ class CachedGraph:
         result: Sequence[Any] = self._plain(*args)
         return result
 
-    def sizes(self, args: Sequence[Any]) -> Sizes:
-        """Sizes of the buffers for these inputs: one for each live-out, then the front's where it is kept."""
-        return self._shape_of(args)
-
     def time(self, args: Sequence[Any]) -> float | None:
         """The timestep among the inputs; None where there is none."""
         return None if self.time_index is None else read_time(args[self.time_index])
 
 
 class SizeReader:
-    """Computes buffer sizes from a graph's inputs; for static shapes they are constants."""
+    """Reads from a graph's inputs the sizes that may differ from call to call, and computes from them those of the buffers."""
 
     def __init__(self, placeholders: Sequence[fx.Node], inputs: CacheInputs) -> None:
         buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
         self._expressions = [tuple(symbol_of(size) for size in buffer.sizes) for buffer in buffers]
         symbols = {s for sizes in self._expressions for e in sizes for s in getattr(e, "free_symbols", ())}
-        self._where = [(symbol, _where_is(symbol, placeholders)) for symbol in sorted(symbols, key=str)]
-        self._known: dict[tuple[int, ...], Sizes] = {}
-        self._constant = self._evaluate(()) if not self._where else None
+        where = {symbol: _where_is(symbol, placeholders) for symbol in sorted(symbols, key=str)}
+        # inputs that reach no buffer count too: with a text of another length the residual of an image is another one
+        for i, node in enumerate(placeholders):
+            value = example_of(node)
+            for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if isinstance(size, torch.SymInt):
+                    where.setdefault(size.node.expr, (i, axis))
+        self._symbols, self._places = tuple(where), tuple(where.values())
 
-    def __call__(self, args: Sequence[Any]) -> Sizes:
-        if self._constant is not None:
-            return self._constant
-        values = tuple(args[i] if axis is None else args[i].shape[axis] for _, (i, axis) in self._where)
-        sizes = self._known.get(values)
-        if sizes is None:
-            sizes = self._known[values] = self._evaluate(values)
-        return sizes
+    def read(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """The sizes among these inputs that may differ from call to call; () where shapes are static."""
+        return tuple(args[i] if axis is None else args[i].shape[axis] for i, axis in self._places)
 
-    def _evaluate(self, values: tuple[int, ...]) -> Sizes:
-        replaced = {symbol: value for (symbol, _), value in zip(self._where, values, strict=True)}
+    def sizes(self, dynamic: tuple[int, ...]) -> Sizes:
+        """Sizes of the buffers for what `read` gave: one for each live-out, then the front's where it is kept."""
+        replaced = dict(zip(self._symbols, dynamic, strict=True))
         return tuple(
             tuple(int(e.xreplace(replaced)) if hasattr(e, "xreplace") else int(e) for e in sizes) for sizes in self._expressions
         )
@@ -209,12 +207,10 @@ def read_time(value: object) -> float | None:
 
 
 def _watched_weights(placeholders: Sequence[fx.Node]) -> tuple[int | None, Callable[[Sequence[Any]], Sequence[Any]]]:
-    """The first parameter's place, and a function that picks a sample of the parameters spread over the graph."""
+    """The first parameter's place, and a function that picks all parameters among the inputs."""
     indices = [i for i, node in enumerate(placeholders) if is_parameter(node) and isinstance(example_of(node), torch.Tensor)]
     if not indices:
         return None, lambda args: ()
-    if len(indices) > MAX_WATCHED_WEIGHTS:
-        indices = [indices[i * (len(indices) - 1) // (MAX_WATCHED_WEIGHTS - 1)] for i in range(MAX_WATCHED_WEIGHTS)]
     first = indices[0]
     if len(indices) == 1:
         return first, lambda args: (args[first],)

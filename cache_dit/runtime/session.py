@@ -22,7 +22,7 @@ from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
 from ..torch_internals import outside_inference_mode
-from .buffers import Measurement, ResidualStore, Shapes, allocate
+from .buffers import Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .program import CachedGraph, UncachedGraph
 from .timing import CallTimer
@@ -311,12 +311,12 @@ class Session:
         """The store of a region, emptied where it may not be used; and why it is empty."""
         key = (graph, occurrence)
         store = context.stores.get(key)
-        shapes, weights = graph.shapes(args), graph.watched(args)
-        if store is None or store.shapes != shapes:
+        dynamic, weights = graph.dynamic_sizes(args), graph.watched(args)
+        if store is None or store.dynamic != dynamic:
             why = "first_call" if not context.stores else "shape_changed"
             context.stores.pop(key, None)
             self._release_stale(context, step)
-            return self._allocate(context, key, graph, shapes, weights), why
+            return self._allocate(context, key, graph, dynamic, weights), why
         why = "unused"
         if store.points and store.last_step != step - 1:
             store.forget()
@@ -337,11 +337,11 @@ class Session:
         context: Context,
         key: tuple[CachedGraph, int],
         graph: CachedGraph,
-        shapes: Shapes,
+        dynamic: tuple[int, ...],
         weights: Sequence[torch.Tensor],
     ) -> ResidualStore | None:
         try:
-            store = allocate(graph.inputs, shapes, weights)
+            store = allocate(graph.inputs, graph.sizes(dynamic), dynamic, weights)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
                 raise
@@ -452,7 +452,7 @@ class Session:
         if any(part[0] > 0 or part[1] != part[1] or part[1] == float("inf") for part in parts):
             self.counters.nonfinite += 1
             self.said.warn("nonfinite")
-            store.drop_newest()
+            store.drop_newest(pending.replaced)
             return
         if pending.before:
             store.errors = self._measured_errors(pending, parts, len(store.residuals[0]))

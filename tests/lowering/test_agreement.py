@@ -127,7 +127,7 @@ def test_aot_eager_agrees_to_rounding() -> None:
 def test_one_program_serves_every_call_under_dynamic_shapes(
     inner: str, assert_alike: Callable[[list[Step], list[Step]], None]
 ) -> None:
-    found = compiled(Stack, [example(seed=seed, tokens=7) for seed in range(5)], inner, dynamic=True)
+    found = compiled(lambda: Stack(2), [example(seed=seed, tokens=7) for seed in range(5)], inner, dynamic=True)
     for steps in found.forms.values():
         assert_alike(steps, found.eager)
         for (compute, _), step, plain in zip(DECISIONS, steps, found.plain, strict=True):
