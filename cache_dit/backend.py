@@ -106,7 +106,7 @@ class _UnownedCalls:
     def find(self, graph: CachedGraph, args: Sequence[Any]) -> Session | None:
         if graph.weight_index is None:
             return None
-        session = session_of_parameter(args[graph.weight_index], self.options, graph.report.model)
+        session = session_of_parameter(args[graph.weight_index], self.options)
         if not graph.report.booked:
             graph.report.booked = True
             session.compiled(graph.report.compile_seconds)

@@ -51,7 +51,6 @@ class RegionReport:
 class GraphReport:
     """One traced graph. ``reason`` is None where a region was found, else a key of the texts."""
 
-    model: str
     nodes: int
     break_reason: str | None
     recompile_reason: str | None
@@ -66,10 +65,7 @@ class GraphReport:
     def of(cls, gm: fx.GraphModule, break_reason: str | None, recompile_reason: str | None) -> GraphReport:
         """What is known of a graph before the passes run."""
         nodes = [node for node in gm.graph.nodes if is_compute(node)]
-        stacks = (node.meta.get("nn_module_stack") for node in nodes)
-        stack: dict[str, tuple[str, type]] = next((stack for stack in stacks if stack), {})
-        root = next((cls for _, cls in stack.values()), None)
-        return cls(getattr(root, "__name__", str(root or "model")), len(nodes), break_reason, recompile_reason)
+        return cls(len(nodes), break_reason, recompile_reason)
 
     def refusal_text(self, language: str | None) -> str:
         """Why nothing is cached in this graph, in plain words; '' where something is."""

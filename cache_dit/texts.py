@@ -115,15 +115,14 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "Remedy: check the model's type and use a supported architecture, or name the part to cache with region=",
     ),
     "grad_mode": (
-        "梯度模式下不使用缓存，所有调用都照常计算{details}\n解决方案: 推理时使用 torch.no_grad() 或 torch.inference_mode()",
-        "No caching in grad mode: every call computes{details}\n"
-        "Remedy: call the model under torch.no_grad() or torch.inference_mode()",
+        "梯度模式下不使用缓存，所有调用都照常计算\n解决方案: 推理时使用 torch.no_grad() 或 torch.inference_mode()",
+        "No caching in grad mode: every call computes\nRemedy: call the model under torch.no_grad() or torch.inference_mode()",
     ),
     "not_compiled": (
-        "模型没有被编译，因此未使用缓存{details}\n"
+        "模型没有被编译，因此未使用缓存\n"
         "解决方案: 可能已达到 torch 的重新编译上限（torch._dynamo.config.recompile_limit）或编译被关闭；"
         "提高该上限或调用 torch._dynamo.reset()",
-        "The model was not compiled, so nothing is cached{details}\n"
+        "The model was not compiled, so nothing is cached\n"
         "Remedy: torch's recompile limit was probably reached (torch._dynamo.config.recompile_limit), or compiling is "
         "disabled; raise the limit or call torch._dynamo.reset()",
     ),

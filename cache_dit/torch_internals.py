@@ -1,13 +1,15 @@
-"""Every private name of torch that this project touches, each with the versions it was seen in (2.11, 2.13).
+"""The private names of torch that tracing and compiling rest on, seen in torch 2.13; docs/design.md lists each, and others.
 
 Each function fails with one clear error, or says None where the answer only enriches a message.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from torch import fx
 
 from .errors import CacheDitError
 
-SEEN_IN = ("2.11", "2.13")
 # Attributes that Dynamo sets on the module it hands to a backend, and that AOT autograd reads from it.
 _DYNAMO_ATTRIBUTES = ("meta", "_param_name_to_source", "compile_subgraph_reason", "_backend_id")
 
@@ -213,7 +214,27 @@ def has_backend(name: str) -> bool:
     return registry is not None and name in registry._BACKENDS
 
 
-def compile_limits() -> dict[str, Any]:
+_compiled_classes: weakref.WeakKeyDictionary[type, dict[object, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def compiled_class(cls: type[torch.nn.Module], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled call of the modules of one class: a function of the module and its arguments.
+
+    Dynamo keeps what it compiled, and counts it against its limit, by code object. ``Module._call_impl`` is one for all
+    classes; here each class has a copy of its own, shared by its instances.
+    """
+    of_class = _compiled_classes.setdefault(cls, {})
+    if backend not in of_class:
+        code = _call_module.__code__.replace(co_name=f"call_{cls.__name__}")
+        of_class[backend] = torch.compile(FunctionType(code, globals()), backend=backend, **_compile_limits())
+    return of_class[backend]
+
+
+def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _compile_limits() -> dict[str, Any]:
     """Keyword arguments for ``torch.compile`` that let more shapes and configurations of one class stay compiled."""
     import inspect
 

@@ -105,9 +105,7 @@ class WeightMark:
         return self.versions is None or self.versions == write_counters(weights)
 
 
-def allocate(
-    inputs: CacheInputs, sizes: Sizes, dynamic: tuple[int, ...], weights: Sequence[torch.Tensor]
-) -> ResidualStore:
+def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: tuple[int, ...], weights: Sequence[torch.Tensor]) -> ResidualStore:
     """Take the buffers, filled with zeros: a weight of 0 does not exclude a buffer that holds NaN.
 
     ``sizes`` has one entry for each live-out, and one for the front's output where the program keeps it; ``dynamic`` are

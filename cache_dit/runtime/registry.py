@@ -30,15 +30,18 @@ def register_module(module: torch.nn.Module, session: Session) -> None:
     _of_module[module] = session
 
 
-def session_of_parameter(parameter: torch.Tensor, options: CacheOptions, class_name: str) -> Session:
-    """The session of the model that holds this parameter, under bare ``torch.compile``; made at its first call."""
+def session_of_parameter(parameter: torch.Tensor, options: CacheOptions) -> Session:
+    """The session of the model that holds this parameter, under bare ``torch.compile``; made at its first call.
+
+    A graph does not say which module it was traced from: the session gets the model's name when somebody asks with it.
+    """
     sessions: list[Session] | None = _of_parameter.get(parameter)
     if sessions is None:
         sessions = _of_parameter[parameter] = []
     for session in sessions:
         if session.options is options:
             return session
-    sessions.append(Session(options, f"{class_name}_{id(parameter)}", owns_calls=False))
+    sessions.append(Session(options, f"Module_{id(parameter)}", owns_calls=False))
     return sessions[-1]
 
 
@@ -51,6 +54,7 @@ def sessions_of(module: torch.nn.Module) -> list[Session]:
     if len(_of_parameter):
         for parameter in module.parameters():
             for session in _of_parameter.get(parameter) or ():
+                session.name = model_name(module)
                 found[id(session)] = session
     return list(found.values())
 

@@ -121,6 +121,7 @@ class Session:
         self._forward: Forward | None = None
         self._decisions: dict[int, tuple[Decision, int]] = {}
         self._decided_run = 0
+        self._noise_seed = 0
         self._controls: dict[tuple[object, ...], torch.Tensor] = {}
         self._compiles_seen = 0
 
@@ -371,6 +372,8 @@ class Session:
             self._decisions.clear()
             self._decided_run = tick.run
             self.counters.runs += 1
+            # read, not drawn: the noise follows the user's seed and leaves the generator where it is
+            self._noise_seed = torch.initial_seed()
             self._said_about_run()
         if forward.time is None and not self.clock.manual:
             self.counters.refuse("no_timestep")
@@ -478,7 +481,7 @@ class Session:
         if skip:
             forecast = FORECASTS[self._forecast_name(store)]
             weights = forecast.weights(store.points, point, self.options.order)
-            key = noise_key(tick.step, tick.context)
+            key = noise_key(self._noise_seed, tick.step, tick.context)
         padded = (*weights, *([0.0] * (inputs.history - len(weights))), self.options.noise_scale)
         return (
             self._constant((not skip,), torch.bool, inputs.device),
@@ -580,9 +583,9 @@ class Session:
         )
 
 
-def noise_key(step: int, context: ContextKey) -> int:
-    """The key of the noise of one step in one context: 31 bits, the same in every run and process."""
-    return zlib.crc32(f"{step}/{context}".encode()) & 0x7FFFFFFF
+def noise_key(seed: int, step: int, context: ContextKey) -> int:
+    """The key of the noise of one step in one context: 31 bits, the same in every process."""
+    return zlib.crc32(f"{seed}/{step}/{context}".encode()) & 0x7FFFFFFF
 
 
 def _square(upper: Sequence[float], history: int, size: int) -> list[list[float]]:
