@@ -115,12 +115,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="10 digits, 8 steps, one run each, no C++ compiler needed")
     parser.add_argument("--samples", type=int, help="digits in a run (40)")
     parser.add_argument("--steps", type=int, help="denoising steps (28)")
-    parser.add_argument("--repeats", type=int, help="timed runs of each model (3)")
+    parser.add_argument("--repeats", type=int, help="timed runs of each model (2)")
     parser.add_argument("--inner", help="compiler behind the cache and of the plain model (inductor)")
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"), help="where to write the picture")
     parser.add_argument("--language", choices=("zh", "en"), help="language of the texts")
     options = parser.parse_args(argv)
-    sizes = {"samples": (40, 10), "steps": (28, 8), "repeats": (3, 1)}
+    sizes = {"samples": (40, 10), "steps": (28, 8), "repeats": (2, 1)}
     for name, (value, quick_value) in sizes.items():
         given = getattr(options, name)
         if given is not None and given < 1:

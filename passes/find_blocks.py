@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .graph_values import name_of
 from .module_paths import block_path, is_compute, memberships
 
 MIN_BLOCK_NODES = 3
 MIN_BLOCKS = 2
 # Attributes that end in a number are blocks (block0, block1, block2) or parts of one (norm1, attn1, norm2): blocks are
-# more than two, and most of what runs from the first to the last of them.
+# more than two, multiply by weights, and are most of what runs from the first to the last of them.
 MIN_NAMED_BLOCKS = 3
+_MULTIPLIES = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"})
 # Lists of one chain may have some glue between them (a concat, a reshape), not another part of the model.
 MAX_GLUE_NODES = 12
 MAX_GLUE_BLOCKS = 1.5
@@ -102,14 +104,15 @@ def _containers(nodes: Sequence[fx.Node]) -> dict[str, _Candidate]:
             candidate.members.setdefault(index, []).append(position)
             if class_name:
                 candidate.classes.setdefault(index, class_name)
-    return {path: c for path, c in found.items() if _is_repeated(c)}
+    return {path: c for path, c in found.items() if _is_repeated(c, nodes)}
 
 
-def _is_repeated(candidate: _Candidate) -> bool:
-    blocks = sum(len(positions) >= MIN_BLOCK_NODES for positions in candidate.members.values())
+def _is_repeated(candidate: _Candidate, nodes: Sequence[fx.Node]) -> bool:
+    blocks = [positions for positions in candidate.members.values() if len(positions) >= MIN_BLOCK_NODES]
     if not candidate.path.endswith("*"):
-        return blocks >= MIN_BLOCKS
-    return blocks >= MIN_NAMED_BLOCKS and 2 * candidate.size > candidate.last - candidate.first
+        return len(blocks) >= MIN_BLOCKS
+    working = [block for block in blocks if any(name_of(nodes[position]) in _MULTIPLIES for position in block)]
+    return len(working) >= MIN_NAMED_BLOCKS and 2 * candidate.size > candidate.last - candidate.first
 
 
 def _without_nested(found: dict[str, _Candidate]) -> list[_Candidate]:

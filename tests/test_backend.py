@@ -84,8 +84,8 @@ def _compiled(model: nn.Module) -> Callable[..., Tensor]:
     [
         (models.TinyDiT, False, 1, 0),
         (models.JointDiT, True, 1, 0),
-        (models.LongSkipDiT, False, 1, 0),
-        (models.InPlaceDiT, False, 1, 0),
+        (models.LongSkipStack, False, 1, 0),
+        (models.InPlaceStack, False, 1, 0),
         (Printing, False, 2, 1),
     ],
 )

@@ -6,10 +6,10 @@ import pytest
 import torch
 from cache_dit.passes import BranchOptions, Refusal, choose_region, find_blocks, specialize_branch
 from expecttest import assert_expected_inline
-from torch import fx
+from torch import Tensor, fx
 
 from cache_dit.torch_internals import copy_dynamo_graph
-from tests.models import VARIANTS, CacheState, Captured, compact, rewrite, run, traced_variant
+from tests.models import VARIANTS, CacheState, Captured, Stack, compact, example, rewrite, run, seeded, traced, traced_variant
 
 
 class Specialized:
@@ -177,6 +177,22 @@ def test_nothing_that_only_one_decision_needs_is_left_in_the_other() -> None:
         assert not [node for node in gm.graph.nodes if node.op == "get_attr"]
         calls = [node for node in gm.graph.nodes if node.op.startswith("call") and not node.users]
         assert [node.target for node in calls] == (["copy_"] if gm is graphs.compute else [])
+
+
+class Late(Stack):
+    """Something is made in front that the later blocks alone read."""
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        late = torch.cos(t)
+        h = self.blocks[0](h, t)
+        return self.blocks[2](self.blocks[1](h, late), late)
+
+
+def test_what_is_made_for_the_region_alone_goes_with_it() -> None:
+    graphs = Specialized(traced(seeded(Late), *example()))
+    assert not any(node.target is torch.cos for node in graphs.region.nodes)
+    made = [sum(node.target is torch.cos for node in gm.graph.nodes) for gm in (graphs.compute, graphs.reuse)]
+    assert made == [1, 0]
 
 
 def test_the_compute_graph_makes_no_copies_that_only_cond_needs() -> None:
