@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import json
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -176,7 +177,8 @@ def _number(value: float | None) -> str:
 
 
 def _cells(texts: Iterable[str]) -> list[str]:
-    return [text.replace("|", "\\|").replace("\n", " ") for text in texts if text]
+    """Texts for a table, without the folder that this machine keeps its packages in."""
+    return [re.sub(r"/\S*site-packages/", "", text).replace("|", "\\|").replace("\n", " ") for text in texts if text]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -95,6 +98,7 @@ def enable_cache(
     """
     named = {name: value for name, value in locals().items() if name not in ("model", "unknown")}
     options = resolve_options({**named, **unknown})
+    _check_inner(options)
     targets = denoisers_of(model, options.language)
     if any(_is_enabled(module) for module in targets):
         warn("already_enabled", options.language)
@@ -106,6 +110,20 @@ def enable_cache(
         _enable(module, options)
     follow_integration(model, [_own_session(module) for module in targets])
     return model
+
+
+def _check_inner(options: CacheOptions) -> None:
+    """Under bare ``torch.compile`` an unknown name is found when the first graph comes; here it can be at once."""
+    inner = options.inner
+    if not isinstance(inner, str) or inner in _OWN_INNER:
+        return
+    names = (*_OWN_INNER, *torch.compiler.list_backends(exclude_tags=()))
+    if inner not in names:
+        allowed = " | ".join(map(repr, dict.fromkeys(name for name in names if name != "cache_dit")))
+        raise ValueError(text("option_value", options.language, name="inner", value=repr(inner), allowed=allowed))
+
+
+_OWN_INNER = ("inductor", "aot_eager", "eager")
 
 
 def _is_enabled(module: torch.nn.Module) -> bool:
@@ -214,23 +232,39 @@ def new_run(
         CacheDitError: caching is not on for this model.
         ValueError, TypeError: a wrong argument.
     """
-    _check_run(num_steps, sigmas, solver, prediction)
-    for session in _required_sessions(model):
-        with session.lock:
-            session.new_run(num_steps, sigmas)
-
-
-def _check_run(num_steps: object, sigmas: Sequence[float] | None, solver: object, prediction: object) -> None:
-    if num_steps is not None and (not isinstance(num_steps, int) or isinstance(num_steps, bool)):
-        raise TypeError(f"num_steps={num_steps!r}: an int is wanted")
-    if isinstance(num_steps, int) and num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: at least 1 is wanted")
-    if sigmas is not None and len(sigmas) < 2:
-        raise ValueError(f"sigmas has {len(sigmas)} entries: one per step and the last are wanted, 2 at least")
+    steps = _checked_steps(num_steps)
+    levels = _checked_levels(sigmas)
     if solver is not None and not isinstance(solver, str):
         raise TypeError(f"solver={solver!r}: a str is wanted")
     if prediction not in (None, "flow", "epsilon", "v"):
         raise ValueError(f"prediction={prediction!r}: 'flow', 'epsilon', 'v' or None is wanted")
+    for session in _required_sessions(model):
+        with session.lock:
+            session.new_run(steps, levels)
+
+
+def _checked_steps(num_steps: object) -> int | None:
+    if num_steps is None:
+        return None
+    if not isinstance(num_steps, Integral) or isinstance(num_steps, bool):
+        raise TypeError(f"num_steps={num_steps!r}: an int is wanted")
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: at least 1 is wanted")
+    return int(num_steps)
+
+
+def _checked_levels(sigmas: Iterable[float] | None) -> tuple[float, ...] | None:
+    if sigmas is None:
+        return None
+    try:
+        levels = tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError):
+        raise TypeError(f"sigmas={reprlib.repr(sigmas)}: numbers are wanted, one per step and the last") from None
+    if len(levels) < 2:
+        raise ValueError(f"sigmas has {len(levels)} entries: one per step and the last are wanted, 2 at least")
+    if not all(map(math.isfinite, levels)):
+        raise ValueError(f"sigmas={reprlib.repr(levels)}: finite numbers are wanted")
+    return levels
 
 
 @contextmanager

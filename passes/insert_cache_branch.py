@@ -224,7 +224,11 @@ class _BranchWriter:
                 shape, count = predicted.shape, predicted.numel()
                 predicted = predicted + size * residual_math.noise(shape, count, key, j, example.device, accumulate)
             value = residual_math.rebuilt(bases[j], predicted, example.dtype, accumulate)
-            outputs.append(_in_order_of(value, example).node)
+            value = _in_order_of(value, example)
+            if out.base is not None and _dimension_order(example) is None and _dimension_order(_tensor(out.base)) is not None:
+                # the sum has the layout of its first term, the base
+                value = value.contiguous()
+            outputs.append(value.node)
         nothing: Any = torch.zeros_like(measured)
         graph.output((*outputs, _cond_only(nothing).node))
         return graph

@@ -262,14 +262,14 @@ class StagedStack(Stack):
 
 
 class SideStack(Stack):
-    """Between the blocks something light is made that the head needs too."""
+    """Between the blocks something light is made that the last block and the head need."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         t = t[:, None, None]
         first = self.blocks[0](self.embed(x), t)
         h = self.blocks[1](first, t)
         side = first * 2.0
-        return self.head(self.blocks[2](h, t)) * self.head(side)
+        return self.head(self.blocks[2](h + side, t)) * self.head(side)
 
 
 class TransposedStack(Stack):

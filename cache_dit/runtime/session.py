@@ -151,6 +151,7 @@ class Session:
         else:
             self.timer.discard()
         if forward.tick is None:
+            self._count_uncached_step()
             self._said_why_uncached(forward)
         elif self.options.debug:
             self._log(forward)
@@ -550,6 +551,16 @@ class Session:
         if self.options.strict and key == "no_region":
             raise NoBlocksError(text(key, self.options.language, details=details))
         self.said.warn(key, details=details)
+
+    def _count_uncached_step(self) -> None:
+        """A call in which no region ran is a step of its run all the same."""
+        time = self.call_time() if self.call_time is not None else None
+        if time is None and not self.clock.manual:
+            return
+        tick = self.clock.tick(time, context_names.get().get(id(self)) or self.named_context)
+        context = self.contexts.get(tick.context)
+        if tick.fresh and context is not None:
+            context.forget()
 
     def _tries_capture(self, reports: Sequence[GraphReport]) -> bool:
         """Where the blocks came apart into several graphs, trace once more with more captured; True if that is to come.

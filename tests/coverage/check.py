@@ -85,7 +85,7 @@ def check(tiny: TinyModel, *, whole: bool = True) -> Report:
         cache_dit.disable_cache(model)
         untouched = _same_state(state, model) and torch.equal(random_state, torch.get_rng_state())
         regions = _regions(explanation)
-        holds_main = any(path.startswith(_main_list(model)) for region in regions for path in region.cached)
+        holds_main = any(_holds(region, _main_list(model)) for region in regions)
         cached = holds_main and stats.hits == 2 * HITS
         replayed, plain_graphs, plain_breaks = None, graphs, breaks
         if whole or not tiny.streams:
@@ -156,6 +156,12 @@ def _main_list(model: nn.Module) -> str:
     """The path of the module list with the most weights."""
     lists = {path: part for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) > 1}
     return max(lists, key=lambda path: sum(weight.numel() for weight in lists[path].parameters()))
+
+
+def _holds(region: RegionReport, path: str) -> bool:
+    """Whether blocks of this list are cached, alone or taking turns with those of another."""
+    taking_turns = {name for names in region.lists for name in names.split(" + ")}
+    return path in taking_turns or any(cached.startswith(f"{path}.") for cached in region.cached)
 
 
 def _reason(explanation: Explanation, others: Sequence[RegionReport]) -> str:
@@ -278,11 +284,13 @@ class _Bypass:
 
     def _instead_of(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         places: list[int | None] = []
+        makes_tuple = [False]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if self.mode == "compute":
                 result = forward(*args, **kwargs)
+                makes_tuple[0] = isinstance(result, tuple)
                 made = result if isinstance(result, tuple) else (result,)
                 places[:] = _stream_places(made, given)
                 if block is self.last:
@@ -295,7 +303,7 @@ class _Bypass:
                     self.added = [out - stream for out, stream in zip(self.passed, present, strict=True)]
                 added = iter(self.added)
                 streams = [None if stream is None else stream + next(added) for stream in streams]
-            return streams[0] if len(streams) == 1 else tuple(streams)
+            return tuple(streams) if makes_tuple[0] else streams[0]
 
         return run
 

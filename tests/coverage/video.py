@@ -684,7 +684,13 @@ MODELS = (
         _video(width=8),
     ),
     TinyModel("MotifVideoTransformer3DModel", MOTIF, _video(channels=9)),
-    TinyModel("MotifVideoTransformer3DModel", {**MOTIF, "num_decoder_layers": 2}, _video(channels=9), variant="decoder"),
+    TinyModel(
+        "MotifVideoTransformer3DModel",
+        {**MOTIF, "num_decoder_layers": 2},
+        _video(channels=9),
+        variant="decoder",
+        streams=False,
+    ),
     TinyModel(
         "MiniMaxH3Transformer3DModel",
         {

@@ -145,8 +145,8 @@ def test_something_light_between_the_blocks_is_computed_before_the_region() -> N
 front: blocks.0
 cached: blocks.1 blocks.2
 back:
-in: first t
-out: add_2 = first + ...
+in: first t side
+out: add_3 = first + ...
 hoisted: side""",
     )
 
