@@ -120,7 +120,8 @@ class _UnownedCalls:
         _UnownedCalls.found |= report.region is not None
         if report.break_reason is not None:
             return
-        if not _UnownedCalls.found and report.reason is not None:
+        # a recompilation of the same frame has been spoken of
+        if not _UnownedCalls.found and report.reason is not None and report.recompile_reason is None:
             key = "grad_mode" if report.reason == "grad_mode" else "no_region"
             warn(key, self.options.language, details=report.refusal_text(self.options.language))
         _UnownedCalls.found = False

@@ -448,8 +448,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "从相同的噪声出发，用 {steps} 步画 {samples} 个手写数字: 先用普通的 torch.compile，再用三种缓存设置，"
         "交替运行各 {repeats} 次（inner='{inner}'，{threads} 线程）。首次编译在两核 CPU 上需要几分钟。",
         "Draws {samples} handwritten digits in {steps} steps from the same noise: with plain torch.compile and with three "
-        "settings of the cache, {repeats} runs of each in turns (inner='{inner}', {threads} threads). Compiling for the first time "
-        "takes minutes on two cores.",
+        "settings of the cache, {repeats} runs of each in turns (inner='{inner}', {threads} threads). "
+        "Compiling for the first time takes minutes on two cores.",
     ),
     "cli_demo_explains": (
         "时间和加速比取各次运行的中位数，不含编译；PSNR 以不缓存的结果为准（量程 2，对样本取平均）；正确率由分类器判断。\n"

@@ -5,11 +5,9 @@ Each function fails with one clear error, or says None where the answer only enr
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -77,8 +75,8 @@ def recompile_reason() -> str | None:
         reason = get_metrics_context()._metrics.get("recompile_reason")
     except (ImportError, AttributeError):
         return None
-    # the same model class under other options is a first compilation to the user
-    if not reason or "BACKEND_MATCH" in str(reason):
+    # the same code under other options, or of another class, is a first compilation to the user
+    if not reason or "BACKEND_MATCH" in str(reason) or "___check_type_id(self" in str(reason):
         return None
     return str(reason).split(": ", 1)[-1].splitlines()[0]
 
@@ -214,27 +212,7 @@ def has_backend(name: str) -> bool:
     return registry is not None and name in registry._BACKENDS
 
 
-_compiled_classes: weakref.WeakKeyDictionary[type, dict[object, Callable[..., Any]]] = weakref.WeakKeyDictionary()
-
-
-def compiled_class(cls: type[torch.nn.Module], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled call of the modules of one class: a function of the module and its arguments.
-
-    Dynamo keeps what it compiled, and counts it against its limit, by code object. ``Module._call_impl`` is one for all
-    classes; here each class has a copy of its own, shared by its instances.
-    """
-    of_class = _compiled_classes.setdefault(cls, {})
-    if backend not in of_class:
-        code = _call_module.__code__.replace(co_name=f"call_{cls.__name__}")
-        of_class[backend] = torch.compile(FunctionType(code, globals()), backend=backend, **_compile_limits())
-    return of_class[backend]
-
-
-def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
-
-
-def _compile_limits() -> dict[str, Any]:
+def compile_limits() -> dict[str, Any]:
     """Keyword arguments for ``torch.compile`` that let more shapes and configurations of one class stay compiled."""
     import inspect
 

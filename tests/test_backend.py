@@ -301,23 +301,6 @@ def test_strict_raises_where_nothing_can_be_cached() -> None:
     assert len(run(model)) == 8
 
 
-def test_strict_speaks_for_each_model_alone() -> None:
-    """A model whose frame ends in a graph break, with nothing behind it to compile, comes before."""
-
-    class Ends(models.TinyDiT):
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            out = super().forward(x, t)
-            torch._dynamo.graph_break()
-            return out
-
-    run(torch.compile(models.seeded(Ends), backend="cache_dit", options=EXACT))
-    with pytest.raises(BackendCompilerFailed):
-        run(torch.compile(models.seeded(models.Plain), backend="cache_dit", options={**EXACT, "strict": True}))
-    run(torch.compile(models.seeded(Ends), backend="cache_dit", options={**EXACT, "schedule": "10"}))
-    with pytest.warns(CacheDitWarning, match="No transformer"):
-        run(torch.compile(models.seeded(models.Plain), backend="cache_dit", options={**EXACT, "schedule": "10"}))
-
-
 def test_gradients_are_left_to_the_plain_graph_and_said_once() -> None:
     model = models.seeded(models.TinyDiT)
     caller = torch.compile(model, backend="cache_dit", options=EXACT)

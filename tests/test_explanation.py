@@ -37,7 +37,8 @@ def test_before_the_first_call_there_is_nothing_to_tell_but_that() -> None:
     assert (explanation.called, explanation.enabled, explanation.graphs) == (False, True, ())
     assert (explanation.buffer_bytes, explanation.held_bytes, explanation.blocks) == (None, 0, ())
     assert str(explanation) == (
-        f"=== CacheDiT: TinyDiT_{id(model)} (enabled) ===\nThe model has not been called yet, so nothing is compiled; run it once"
+        f"=== CacheDiT: TinyDiT_{id(model)} (enabled) ===\n"
+        "The model has not been called yet, so nothing is compiled; run it once"
     )
 
 

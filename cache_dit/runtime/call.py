@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from ..backend import OwnedBackend, owned_backend
-from ..torch_internals import capturing_more, compiled_class, is_tracing_failure, trace_again
+from ..torch_internals import capturing_more, compile_limits, is_tracing_failure, trace_again
 from .program import TIME_NAMES, read_time
 from .session import Capture, Session, active_session
 
@@ -85,7 +84,7 @@ class CachedCall:
     def _compile(self, capture: bool) -> Callable[..., Any]:
         """The compiled model; ``capture`` lets the tracer take in reads of tensors and sizes that depend on data."""
         backend = owned_backend(self._backend.program, self._backend.mode, capture) if capture else self._backend
-        compiled = functools.partial(compiled_class(type(self._module), backend), self._module)
+        compiled: Callable[..., Any] = torch.compile(self._module._call_impl, backend=backend, **compile_limits())
         return capturing_more(compiled) if capture else compiled
 
     def _time(self) -> float | None:
