@@ -365,30 +365,6 @@ def test_two_streams_each_have_their_residual(lowering: str) -> None:
     compare(model, eager, reference, inputs_of_run(context=True), FIXED_HITS)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
-def test_batch_and_length_may_change_between_runs(lowering: str, dynamic: bool | None) -> None:
-    """``dynamic``: compiled for dynamic shapes from the start, or when torch notices."""
-    model = models.seeded(lambda: models.JointDiT(4, 0))
-    reference = copy.deepcopy(model)
-    eager = EagerCache(reference.double_blocks, ("x", "context"))
-    caller: Any = model
-    if dynamic:
-        caller = torch.compile(model, backend="cache_dit", options={**EXACT, "lowering": lowering}, dynamic=True)
-        with torch.no_grad():
-            caller(*models.example(context=True))
-    else:
-        cache_dit.enable_cache(model, lowering=lowering, **EXACT)
-    for batch, tokens in ((2, 6), (3, 9), (5, 4), (2, 6)):
-        inputs = inputs_of_run(context=True, batch=batch, tokens=tokens)
-        with torch.no_grad():
-            for hit, call in zip(FIXED_HITS, inputs, strict=True):
-                eager.skip = hit
-                found, output = hits_of(model, lambda call=call: caller(*call))
-                torch.testing.assert_close(output, reference(*call), rtol=1e-6, atol=1e-6)
-                assert found == hit
-
-
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "callable"])
 @pytest.mark.parametrize("lowering", ["specialize", "cond"])
 def test_inner_compilers_agree(inner: Any, lowering: str) -> None:
