@@ -30,6 +30,7 @@ from .torch_internals import (
     is_tracer_signal,
     recompile_reason,
     record_rewrite,
+    starts_compiled_call,
 )
 
 warn_of_other_project()
@@ -102,6 +103,9 @@ class _UnownedCalls:
 
     def __init__(self, options: CacheOptions) -> None:
         self.options = options
+        # a frame whose last graph break has no graph behind it never told that it was traced to its end
+        if starts_compiled_call():
+            _UnownedCalls.found = False
 
     def find(self, graph: CachedGraph, args: Sequence[Any]) -> Session | None:
         if graph.weight_index is None:

@@ -5,9 +5,12 @@ Each function fails with one clear error, or says None where the answer only enr
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +20,11 @@ from .errors import CacheDitError
 
 # Attributes that Dynamo sets on the module it hands to a backend, and that AOT autograd reads from it.
 _DYNAMO_ATTRIBUTES = ("meta", "_param_name_to_source", "compile_subgraph_reason", "_backend_id")
+# Files of torch on the stack between the compiled function that the user called and the frame being compiled.
+_EVAL_FRAME, _CONVERT_FRAME, _MODULE_CALL = (
+    os.path.join("torch", *path)
+    for path in (("_dynamo", "eval_frame.py"), ("_dynamo", "convert_frame.py"), ("nn", "modules", "module.py"))
+)
 
 
 def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -79,6 +87,24 @@ def recompile_reason() -> str | None:
     if not reason or "BACKEND_MATCH" in str(reason) or "___check_type_id(self" in str(reason):
         return None
     return str(reason).split(": ", 1)[-1].splitlines()[0]
+
+
+def starts_compiled_call() -> bool:
+    """Whether the frame being compiled is the one the user called, and not one behind a graph break. Only inside a backend.
+
+    True as well where the stack cannot be read.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    files: list[str] = []
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith(_EVAL_FRAME):
+            break
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    while files and not files[-1].endswith(_CONVERT_FRAME):
+        if not files.pop().endswith(_MODULE_CALL):
+            return frame is None
+    return True
 
 
 def record_rewrite(name: str, count: int, graph: fx.GraphModule) -> None:

@@ -291,6 +291,40 @@ def test_a_model_without_blocks_warns_once_and_runs_as_it_is() -> None:
     assert "region=" in str(said[0].message)
 
 
+class EndsInBreak(models.TinyDiT):
+    """Its frame ends in a graph break with no graph behind it."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = super().forward(x, t)
+        torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_frame_that_ends_in_a_break_does_not_speak_for_the_next_model(strict: bool) -> None:
+    run(torch.compile(models.seeded(EndsInBreak), backend="cache_dit", options={**EXACT, "strict": strict}))
+    caller = torch.compile(models.seeded(models.Plain), backend="cache_dit", options={**EXACT, "strict": strict})
+    expected: Any = pytest.raises(BackendCompilerFailed) if strict else pytest.warns(CacheDitWarning)
+    with expected:
+        run(caller)
+
+
+class BreaksBehindBlocks(models.TinyDiT):
+    """The graph behind the break has no blocks, the one before it has."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = super().forward(x, t)
+        torch._dynamo.graph_break()
+        return x * 2.0
+
+
+def test_a_graph_without_blocks_behind_one_with_a_region_is_not_spoken_of() -> None:
+    model = models.seeded(BreaksBehindBlocks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CacheDitWarning)
+        run(torch.compile(model, backend="cache_dit", options={**EXACT, "strict": True}))
+
+
 def test_strict_raises_where_nothing_can_be_cached() -> None:
     model = models.seeded(models.Plain)
     caller = torch.compile(model, backend="cache_dit", options={**EXACT, "strict": True})

@@ -195,10 +195,8 @@ COMBINATIONS = [
     ("pixart", torch.float32, torch.inference_mode, "cond", False),
     ("pixart", torch.bfloat16, torch.no_grad, "specialize", False),
     # tracing these for dynamic shapes takes torch half a minute each
-    pytest.param("pixart", torch.bfloat16, torch.no_grad, "specialize", True, marks=pytest.mark.slow),
     pytest.param("dit", torch.bfloat16, torch.inference_mode, "cond", True, marks=pytest.mark.slow),
     pytest.param("flux", torch.float32, torch.inference_mode, "specialize", True, marks=pytest.mark.slow),
-    pytest.param("sd3", torch.float32, torch.no_grad, "cond", True, marks=pytest.mark.slow),
 ]
 
 

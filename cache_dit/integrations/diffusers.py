@@ -12,7 +12,7 @@ import importlib
 import inspect
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,7 +130,10 @@ class PipelineRuns:
     """What a pipeline's scheduler tells about the run: when it starts, its number of steps and its noise levels."""
 
     def __init__(self, pipeline: Any) -> None:
-        self._pipeline = weakref.ref(pipeline)
+        try:
+            self._pipeline: Callable[[], Any] = weakref.ref(pipeline)
+        except TypeError:
+            self._pipeline = lambda: pipeline
         self._last_index: int | None = None
 
     def starts_run(self) -> bool:
