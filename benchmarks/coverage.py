@@ -40,14 +40,16 @@ HEAD = """# Coverage: every diffusion transformer of diffusers {diffusers}
 
 Written by `make coverage` on {date} with torch {torch}: {cached} of {total} configurations cached, {wrong} wrong,
 {untested} classes untested. One row a class (`+name`: a variant of its configuration), in a tiny configuration with
-random weights on the CPU, float32, run twice through `enable_cache(model, schedule="{schedule}", forecast="reuse",
-noise_scale=0, inner="eager")`. No class is named in the code of the package: all of this is found in the graph.
+random weights on the CPU, float32, run three times, once to compile, through `enable_cache(model, schedule="{schedule}",
+forecast="reuse", noise_scale=0, inner="eager")`. No class is named in the code of the package: all of it is found.
 
 - **verdict**: yes, no, or WRONG (a number that must agree does not).
+- **chain of lists**: where the blocks were found; "block by block": they do not come into one graph, so each of them keeps
+  a residual of its own and what lies between them runs in eager.
 - **cached**: the blocks that a skipped step leaves out, of all in the chain of lists.
 - **live-outs**: what leaves the cached part, and what it is a residual to; "whole": stored as it is.
 - **graphs/breaks**: compiled graphs and graph breaks, in brackets those of plain `torch.compile`; "?": not compared.
-- **hits**: skipped calls of the two runs together, of {hits}.
+- **hits**: skipped calls of the two runs behind the compiling one together, of {hits}.
 - **computed**: largest error of a computed step against the eager model, relative to the largest element.
 - **skipped**: the same of skipped steps against the graph with the cached part replaced by hand / against the eager
   model with the blocks bypassed by hooks (–: that reference needs blocks that hand their streams on one to the next).
@@ -160,7 +162,7 @@ def _row(report: Report) -> str:
     cells = [
         report.label,
         _verdict(report),
-        " → ".join(report.lists),
+        " → ".join(report.lists) + (" (block by block)" if report.blockwise else ""),
         f"{report.cached_blocks} of {report.blocks}" if report.blocks else "",
         "; ".join(f"{out} − {base}" if base else f"{out}, whole" for out, base in report.live_outs),
         f"{report.graphs}/{report.breaks} ({beside})",

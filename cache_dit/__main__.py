@@ -645,9 +645,9 @@ def _told(error: Exception) -> str:
 
 def falling_time(inputs: Mapping[str, Any]) -> Inputs:
     """The same inputs at every step, but for the timestep, which falls in equal steps from its value towards 0."""
-    from .runtime.program import TIME_NAMES
+    from .runtime.program import time_names
 
-    name = next((name for name in TIME_NAMES if inputs.get(name) is not None), None)
+    name = next((name for name in time_names(inputs) if inputs.get(name) is not None), None)
 
     def at(step: int, steps: int) -> dict[str, Any]:
         if name is None or step == 0:

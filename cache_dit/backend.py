@@ -149,7 +149,7 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Run the passes over a copy of the graph and compile what comes out with the inner compiler."""
     language = calls.options.language if calls.options is not None else _language_of_session()
-    compile_inner = _InnerCompiler(program, mode, language)
+    compile_inner = FallbackCompiler(program, mode, language)
     report = GraphReport.of(gm, break_reason(gm), recompile_reason())
     _announce_start(report, language)
     start = perf_counter()
@@ -175,7 +175,7 @@ def compile_graph(
     return runnable
 
 
-class _InnerCompiler:
+class FallbackCompiler:
     """The inner compiler of one graph; where it fails, the graph runs as traced, said once. ``strict`` raises instead."""
 
     def __init__(self, program: ProgramOptions, mode: str | None, language: str | None) -> None:

@@ -46,6 +46,11 @@ class RegionReport:
     history: int
     buffer_bytes: int | None
 
+    def holds(self, path: str) -> bool:
+        """Whether blocks of the module list at ``path`` are cached, alone or taking turns with those of another."""
+        taking_turns = {name for names in self.lists for name in names.split(" + ")}
+        return path in taking_turns or any(block.startswith(f"{path}.") for block in self.cached)
+
 
 @dataclass(slots=True)
 class GraphReport:
@@ -152,8 +157,9 @@ class Explanation:
 
     @property
     def region(self) -> RegionReport | None:
-        """The region of the first cached graph."""
-        return next((graph.region for graph in self.graphs if graph.region is not None), None)
+        """The largest region of all graphs."""
+        regions = [graph.region for graph in self.graphs if graph.region is not None]
+        return max(regions, key=lambda region: region.nodes, default=None)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -231,20 +237,26 @@ def readable_bytes(count: int) -> str:
 
 def explain_session(session: Session) -> Explanation:
     """What is known of one session's model."""
-    cached = [graph.report for graph in session.cached_graphs]
+    # blocks that are cached one by one share a report
+    cached = list({id(graph.report): graph.report for graph in session.cached_graphs}.values())
     uncached = [graph.report for graph in session.uncached_graphs]
     reports = [*cached, *uncached]
-    sizes = [report.region.buffer_bytes for report in cached if report.region is not None]
-    known = [size for size in sizes if size is not None]
+    # several graphs of one frame are the same call in other shapes; those of several frames run in one call
+    sizes: dict[object, list[int | None]] = {}
+    for graph in session.cached_graphs:
+        if graph.report.region is not None:
+            sizes.setdefault(graph.frame, []).append(graph.report.region.buffer_bytes)
+    known = [max(size for size in frame if size is not None) for frame in sizes.values() if None not in frame]
     return Explanation(
         name=session.name,
         enabled=session.enabled,
         called=bool(reports),
         graphs=tuple(reports),
         graph_breaks=tuple(report.break_reason for report in reports if report.break_reason is not None),
-        buffer_bytes=max(known) if known and len(known) == len(sizes) else None,
+        buffer_bytes=sum(known) if known and len(known) == len(sizes) else None,
         held_bytes=session.cache_bytes,
         refused=dict(session.counters.refused),
         compile_seconds=session.counters.compile_seconds,
+        notes=session.notes(),
         language=session.options.language,
     )

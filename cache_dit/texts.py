@@ -98,6 +98,20 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "各个块被拆到了不同的图中，将在捕获标量读取和动态大小的情况下重新追踪一次",
         "the blocks came apart into several graphs; tracing once more with scalar reads and data-dependent sizes captured",
     ),
+    "blockwise": (
+        "各个块无法追踪到同一个图中，改为逐块缓存",
+        "the blocks cannot be traced into one graph; each block caches its own part instead",
+    ),
+    "explain_blockwise": (
+        "逐块缓存: 各个块无法追踪到同一个图中，因此每个块各存一份残差，块与块之间以 eager 方式运行。图中断的原因: {breaks}",
+        "cached block by block: the blocks cannot be traced into one graph, so each block keeps a residual of its own and what "
+        "lies between them runs in eager. Graph breaks: {breaks}",
+    ),
+    "side_list": (
+        "只有旁支列表 {cached} 被缓存，主要的块列表 {wanted} 被拆到了不同的图中，因此未缓存；图中断的原因: {breaks}",
+        "only a side list is cached ({cached}): the blocks of {wanted} came apart into several graphs and are not; "
+        "graph breaks: {breaks}",
+    ),
     "compiled": ("编译完成，用时 {seconds:.1f} 秒", "compiled in {seconds:.1f} s"),
     "recompiling": ("正在重新编译，发生变化的是: {what}", "recompiling; what changed: {what}"),
     # A call under debug=True.
@@ -232,6 +246,10 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "count_pattern_broken": ("调用规律被打破", "pattern of calls broken"),
     "count_no_timestep": ("没有时间步", "no timestep"),
     "count_out_of_memory": ("内存不足", "out of memory"),
+    "count_block_state": (
+        "块写入了自己的参数，或返回值不是由输入延续而来",
+        "a block writes to what it is given, or gives what does not continue it",
+    ),
     "count_no_region": ("没有可缓存的块", "no blocks to cache"),
     "count_grad_mode": ("梯度模式", "grad mode"),
     "count_not_compiled": ("没有被编译", "not compiled"),

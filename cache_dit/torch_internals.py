@@ -253,6 +253,14 @@ def outside_inference_mode() -> Iterator[None]:
         yield
 
 
+def fake_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors without data, of the same sizes, strides, dtypes and devices: what the tracer gives to a backend."""
+    from torch._subclasses import FakeTensorMode
+
+    mode = FakeTensorMode()
+    return [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in tensors]
+
+
 _version = attrgetter("_version")
 
 

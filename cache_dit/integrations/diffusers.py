@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runtime.program import TIME_NAMES
+from ..runtime.program import time_names
 
 if TYPE_CHECKING:
     from ..runtime.session import Session
@@ -49,7 +49,7 @@ def _takes_time(module: torch.nn.Module) -> bool:
         names = inspect.signature(original.forward).parameters
     except (TypeError, ValueError):
         return False
-    return any(name in names for name in TIME_NAMES)
+    return bool(time_names(names))
 
 
 class _Listener:

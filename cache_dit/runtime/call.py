@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..backend import OwnedBackend, owned_backend
+from ..structure import chain_of_blocks, main_list
 from ..torch_internals import capturing_more, compile_limits, is_tracing_failure, trace_again
-from .program import TIME_NAMES, read_time
+from .program import read_time, time_names
 from .session import Capture, Session, active_session
+
+if TYPE_CHECKING:
+    from ..blockwise import Blockwise
 
 _SLOT = "_compiled_call_impl"
 _ABSENT: Any = object()
@@ -23,11 +27,16 @@ class CachedCall:
     def __init__(self, module: torch.nn.Module, session: Session, backend: OwnedBackend) -> None:
         self.session = session
         self._module, self._backend = module, backend
+        session.main_list = main_list(module)
+        self._chain = chain_of_blocks(module)
+        program = backend.program
+        session.blocks_may_help = len(self._chain) > program.front_blocks + program.back_blocks
         self._replaced = vars(module).get(_SLOT, _ABSENT)
         self._compiled: Callable[..., Any] | None = None
         self._call: Callable[..., Any] | None = None
+        self._blockwise: Blockwise | None = None
         self._capture = session.capture
-        self._time_name, self._time_place = _time_argument(module)
+        self._time_arguments = _time_arguments(module)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def install(self) -> None:
@@ -35,7 +44,8 @@ class CachedCall:
         setattr(self._module, _SLOT, self)
 
     def remove(self) -> None:
-        """Put back what was in the slot."""
+        """Put back what was in the slot, and in those of the blocks where they were taken."""
+        self._leave_blocks()
         if self._replaced is _ABSENT:
             delattr(self._module, _SLOT)
         else:
@@ -52,7 +62,7 @@ class CachedCall:
         session = self.session
         compiled = self._compiled
         if compiled is None:
-            compiled = self._compiled = self._compile(capture=False)
+            compiled = self._compiled = self._compile()
         result: Any = None
         with session.lock:
             token = active_session.set(session)
@@ -66,7 +76,7 @@ class CachedCall:
                 session.abort()
                 if not (session.capture is Capture.MORE and is_tracing_failure(error)):
                     raise
-                session.capture = Capture.IN_VAIN
+                session.captured_in_vain()
             else:
                 session.end()
             finally:
@@ -75,39 +85,51 @@ class CachedCall:
                 active_session.reset(token)
             if session.capture is not self._capture:
                 self._capture = session.capture
-                session.uncached_graphs.clear()
+                session.trace_again()
                 trace_again(self._module.forward)
-                self._compiled = self._compile(capture=session.capture is Capture.MORE)
+                self._compiled = self._compile()
                 return result if result is not None else self._bracketed(*args, **kwargs)
         return result
 
-    def _compile(self, capture: bool) -> Callable[..., Any]:
-        """The compiled model; ``capture`` lets the tracer take in reads of tensors and sizes that depend on data."""
-        backend = owned_backend(self._backend.program, self._backend.mode, capture) if capture else self._backend
+    def _compile(self) -> Callable[..., Any]:
+        """The model compiled in the way that the session says."""
+        way, backend = self.session.capture, self._backend
+        self._leave_blocks()
+        if way is Capture.BLOCKS:
+            # not before it is needed: it imports the backend's half of the package
+            from ..blockwise import Blockwise
+
+            self._blockwise = Blockwise(self._module, self.session, backend.program, self._chain)
+            self._blockwise.install()
+            return self._blockwise
+        if way is Capture.MORE:
+            backend = owned_backend(backend.program, backend.mode, True)
         compiled: Callable[..., Any] = torch.compile(self._module._call_impl, backend=backend, **compile_limits())
-        return capturing_more(compiled) if capture else compiled
+        return capturing_more(compiled) if way is Capture.MORE else compiled
+
+    def _leave_blocks(self) -> None:
+        if self._blockwise is not None:
+            self._blockwise.remove()
+            self._blockwise = None
 
     def _time(self) -> float | None:
         """The timestep among the arguments of this call, by the name it has in the model's signature."""
-        name = self._time_name
-        if name is None:
-            return None
         args, kwargs = self._arguments
-        value = kwargs.get(name)
-        if value is None and self._time_place is not None and self._time_place < len(args):
-            value = args[self._time_place]
-        return read_time(value)
+        for name, place in self._time_arguments:
+            value = kwargs.get(name)
+            if value is None and place is not None and place < len(args):
+                value = args[place]
+            if value is not None:
+                return read_time(value)
+        return None
 
 
-def _time_argument(module: torch.nn.Module) -> tuple[str | None, int | None]:
-    """Name and place of the timestep in the signature of ``forward``; (None, None) where no name fits."""
+def _time_arguments(module: torch.nn.Module) -> list[tuple[str, int | None]]:
+    """Names and places of what may be the timestep in the signature of ``forward``, the best first."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
-        return None, None
+        return []
     places = {p.name: i for i, p in enumerate(parameters) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    keyword_only = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    for name in TIME_NAMES:
-        if name in places or name in keyword_only:
-            return name, places.get(name)
-    return None, None
+    keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return [(name, places.get(name)) for name in time_names([*places, *keyword_only])]

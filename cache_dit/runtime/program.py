@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..explanation import GraphReport
     from .session import Session
 
-# Names under which diffusion models take the noise level, in the order of preference.
-TIME_NAMES = (
+# Names under which diffusion models take the noise level, in the order of preference; then those that look like one.
+_TIME_NAMES = (
     "timestep",
     "timesteps",
     "t",
@@ -34,6 +34,15 @@ TIME_NAMES = (
     "diffusion_timestep",
     "time_cond",
 )
+_LIKE_A_TIME = re.compile(r"timestep|(^|_)(time|sigma)s?$")
+
+
+def time_names(names: Iterable[str]) -> list[str]:
+    """Those of the argument names that stand for the noise level, the best first."""
+    given = list(names)
+    known = [name for name in _TIME_NAMES if name in given]
+    return known + [name for name in given if name not in known and _LIKE_A_TIME.search(name)]
+
 
 FindSession = Callable[["CachedGraph", Sequence[Any]], "Session | None"]
 FlatCall = Callable[[Sequence[Any]], Sequence[Any]]
@@ -46,6 +55,48 @@ class Programs:
 
     def __init__(self, compute: FlatCall, reuse: FlatCall) -> None:
         self.compute, self.reuse = compute, reuse
+
+
+class Cacheable(Protocol):
+    """What a session can run: something with a program that computes and one that predicts."""
+
+    @property
+    def inputs(self) -> CacheInputs:
+        """What the programs take behind the arguments, and give behind the results."""
+
+    @property
+    def programs(self) -> Programs:
+        """The two programs."""
+
+    @property
+    def outputs(self) -> int:
+        """Number of results."""
+
+    @property
+    def report(self) -> GraphReport:
+        """What ``explain`` says of it."""
+
+    @property
+    def frame(self) -> object:
+        """Which Python frame it comes from."""
+
+    @property
+    def dynamic_sizes(self) -> Callable[[Sequence[Any]], tuple[int, ...]]:
+        """Reads from the arguments the sizes that may differ from call to call."""
+
+    @property
+    def sizes(self) -> Callable[[tuple[int, ...]], Sizes]:
+        """Sizes of the buffers, from what ``dynamic_sizes`` gave."""
+
+    @property
+    def watched(self) -> Callable[[Sequence[Any]], Sequence[torch.Tensor]]:
+        """Picks the weights from the arguments."""
+
+    def plain(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Runs without the cache."""
+
+    def time(self, args: Sequence[Any]) -> float | None:
+        """The timestep among the arguments; None where there is none."""
 
 
 class UncachedGraph:
@@ -191,9 +242,9 @@ def find_time(placeholders: Sequence[fx.Node]) -> int | None:
             named.setdefault(match[1], i)
         if isinstance(value, torch.SymFloat) or (value.is_floating_point() and value.dim() <= 1):
             others.append(i)
-    for name in TIME_NAMES:
-        if name in named:
-            return named[name]
+    wanted = time_names(named)
+    if wanted:
+        return named[wanted[0]]
     return others[0] if len(others) == 1 else None
 
 

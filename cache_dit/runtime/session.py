@@ -24,7 +24,7 @@ from ..texts import text
 from ..torch_internals import outside_inference_mode
 from .buffers import Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
-from .program import CachedGraph, UncachedGraph
+from .program import Cacheable, UncachedGraph
 from .timing import CallTimer
 
 # Forecasts that 'auto' compares: all of them use the residuals that the others need too.
@@ -42,10 +42,12 @@ context_names: ContextVar[Mapping[int, str]] = ContextVar("cache_dit_context_nam
 
 
 class Capture(Enum):
-    """How a model is traced: as torch does by default; with host reads captured too; by default since that did not help."""
+    """How a model is traced: as torch does by default; with host reads captured too; block by block since neither helped;
+    by default again, since nothing did."""
 
     DEFAULT = "default"
     MORE = "more"
+    BLOCKS = "blocks"
     IN_VAIN = "in vain"
 
 
@@ -64,7 +66,7 @@ class Context:
     """What one part of the model's step (a prompt, an expert) has stored."""
 
     run: int = 0
-    stores: dict[tuple[CachedGraph, int], ResidualStore] = field(default_factory=dict)
+    stores: dict[tuple[Cacheable, int], ResidualStore] = field(default_factory=dict)
     clock: float = 0.0
     last_increment: float | None = None
 
@@ -83,7 +85,7 @@ class Forward:
     time: float | None = None
     decision: Decision = COMPUTE_FIRST
     frames: set[object] = field(default_factory=set)
-    occurrences: dict[CachedGraph, int] = field(default_factory=dict)
+    occurrences: dict[Cacheable, int] = field(default_factory=dict)
     skipped: int = 0
     computed: int = 0
     uncached: int = 0
@@ -111,13 +113,19 @@ class Session:
         self.said = SaidOnce(options.language)
         self.strategy = build_strategy(options)
         self.contexts: dict[ContextKey, Context] = {}
-        self.cached_graphs: dict[CachedGraph, None] = {}
+        self.cached_graphs: dict[Cacheable, None] = {}
         self.uncached_graphs: dict[UncachedGraph, None] = {}
+        # graph breaks of the ways of tracing that were given up
+        self.earlier_breaks: list[str] = []
         # set by whoever knows: how to read the timestep of a call, its context's name, and when the pipeline's runs begin
         self.call_time: Callable[[], float | None] | None = None
         self.named_context: str | None = None
         self.runs: RunSource | None = None
         self.runs_whole_schedule = False
+        # the path of the longest list of the model's modules, where the model is known
+        self.main_list: str | None = None
+        # whether there are blocks that could each cache its own part
+        self.blocks_may_help = False
         self._forward: Forward | None = None
         self._decisions: dict[int, tuple[Decision, int]] = {}
         self._decided_run = 0
@@ -142,7 +150,8 @@ class Session:
         counters.calls += 1
         hit = forward.skipped > 0
         counters.hits += hit
-        if counters.compiles != self._compiles_seen:
+        compiled = counters.compiles != self._compiles_seen
+        if compiled:
             self._compiles_seen = counters.compiles
             counters.compile_calls += 1
             self.timer.discard()
@@ -153,7 +162,10 @@ class Session:
         if forward.tick is None:
             self._count_uncached_step()
             self._said_why_uncached(forward)
-        elif self.options.debug:
+            return
+        if compiled and self._main_list_came_apart():
+            self._said_side_list()
+        if self.options.debug:
             self._log(forward)
 
     def abort(self) -> None:
@@ -177,7 +189,7 @@ class Session:
 
     # ---- a graph within a call ---------------------------------------------------------------------------------
 
-    def run(self, graph: CachedGraph, args: Sequence[Any]) -> Sequence[Any]:
+    def run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
         """Run a graph with a cached region: decide, then compute and store, or predict."""
         if self.owns_calls:
             return self._run(graph, args)
@@ -194,7 +206,7 @@ class Session:
         if self._forward is not None:
             self._forward.uncached += 1
 
-    def _run(self, graph: CachedGraph, args: Sequence[Any]) -> Sequence[Any]:
+    def _run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
         self.cached_graphs.setdefault(graph)
         forward = self._enter(graph)
         context = self._enter_step(forward, graph, args)
@@ -219,7 +231,7 @@ class Session:
         forward: Forward,
         context: Context,
         store: ResidualStore,
-        graph: CachedGraph,
+        graph: Cacheable,
         args: Sequence[Any],
         why_empty: str,
     ) -> Sequence[Any]:
@@ -244,7 +256,7 @@ class Session:
         store.last_step = forward.tick.step
         return outputs[: graph.outputs]
 
-    def _enter(self, graph: CachedGraph) -> Forward:
+    def _enter(self, graph: Cacheable) -> Forward:
         forward = self._forward
         if not self.owns_calls and (forward is None or graph.frame in forward.frames):
             self.begin()
@@ -260,7 +272,7 @@ class Session:
             self.end()
             self._forward = forward
 
-    def _enter_step(self, forward: Forward, graph: CachedGraph, args: Sequence[Any]) -> Context:
+    def _enter_step(self, forward: Forward, graph: Cacheable, args: Sequence[Any]) -> Context:
         if forward.tick is not None:
             return self.contexts[forward.tick.context]
         self.timer.watch(graph.inputs.device)
@@ -308,7 +320,7 @@ class Session:
     # ---- what is stored ----------------------------------------------------------------------------------------
 
     def _store_of(
-        self, context: Context, graph: CachedGraph, occurrence: int, step: int, args: Sequence[Any]
+        self, context: Context, graph: Cacheable, occurrence: int, step: int, args: Sequence[Any]
     ) -> tuple[ResidualStore | None, str]:
         """The store of a region, emptied where it may not be used; and why it is empty."""
         key = (graph, occurrence)
@@ -337,8 +349,8 @@ class Session:
     def _allocate(
         self,
         context: Context,
-        key: tuple[CachedGraph, int],
-        graph: CachedGraph,
+        key: tuple[Cacheable, int],
+        graph: Cacheable,
         dynamic: tuple[int, ...],
         weights: Sequence[torch.Tensor],
     ) -> ResidualStore | None:
@@ -473,7 +485,7 @@ class Session:
         return errors
 
     def _cache_operands(
-        self, graph: CachedGraph, store: ResidualStore, point: Point, tick: Tick, skip: bool
+        self, graph: Cacheable, store: ResidualStore, point: Point, tick: Tick, skip: bool
     ) -> tuple[torch.Tensor, ...]:
         """The predicate, the weights with the noise scale, the key of the noise, and what was measured last."""
         inputs = graph.inputs
@@ -538,7 +550,9 @@ class Session:
     def _said_why_uncached(self, forward: Forward) -> None:
         """A call in which no region ran: say so once, with the reason."""
         reasons = [graph.report for graph in self.uncached_graphs]
-        if forward.uncached == 0:
+        if self.capture is Capture.BLOCKS:
+            key = "grad_mode" if torch.is_grad_enabled() else "no_region"
+        elif forward.uncached == 0:
             key = "not_compiled"
         elif any(report.reason == "grad_mode" for report in reasons) and torch.is_grad_enabled():
             key = "grad_mode"
@@ -563,17 +577,61 @@ class Session:
             context.forget()
 
     def _tries_capture(self, reports: Sequence[GraphReport]) -> bool:
-        """Where the blocks came apart into several graphs, trace once more with more captured; True if that is to come.
+        """Where the blocks came apart into several graphs, trace in another way; True if that is to come.
 
         Graph breaks are no sign of it: where Dynamo gives a frame up and compiles the blocks one by one it counts none.
         """
-        if self.capture is Capture.DEFAULT and any(report.reason in CAPTURE_MAY_HELP for report in reports):
+        if self.capture is Capture.DEFAULT:
+            if not any(report.reason in CAPTURE_MAY_HELP for report in reports):
+                return False
             self.capture = Capture.MORE
             announce(text("capturing_more", self.options.language))
             return True
-        if self.capture is Capture.MORE:
-            self.capture = Capture.IN_VAIN
+        return self.captured_in_vain()
+
+    def captured_in_vain(self) -> bool:
+        """This way of tracing did not help: go on to the next one. Whether there is one left that may."""
+        if self.capture is Capture.MORE and self.blocks_may_help:
+            self.capture = Capture.BLOCKS
+            announce(text("blockwise", self.options.language))
+            return True
+        self.capture = Capture.IN_VAIN
         return False
+
+    def _main_list_came_apart(self) -> bool:
+        """Whether blocks are cached, and none of the model's longest list among them."""
+        path = self.main_list
+        if path is None or len(self.cached_graphs) + len(self.uncached_graphs) < 2:
+            return False
+        regions = [graph.report.region for graph in self.cached_graphs]
+        return not any(region is not None and region.holds(path) for region in regions)
+
+    def _said_side_list(self) -> None:
+        reports = [g.report for g in self.cached_graphs] + [g.report for g in self.uncached_graphs]
+        if self._tries_capture(reports):
+            return
+        side = ", ".join(dict.fromkeys(name for report in reports if report.region for name in report.region.lists))
+        self.said.warn("side_list", wanted=self.main_list, cached=side, breaks="; ".join(self._breaks()) or "-")
+
+    def _breaks(self) -> list[str]:
+        """The reason and the user's line of every graph break seen so far."""
+        reports = [g.report for g in self.cached_graphs] + [g.report for g in self.uncached_graphs]
+        return list(dict.fromkeys([*self.earlier_breaks, *(r.break_reason for r in reports if r.break_reason is not None)]))
+
+    def notes(self) -> tuple[str, ...]:
+        """What else there is to say of how the model is cached."""
+        if self.capture is not Capture.BLOCKS:
+            return ()
+        return (text("explain_blockwise", self.options.language, breaks="; ".join(self._breaks()) or "-"),)
+
+    def trace_again(self) -> None:
+        """The model is about to be traced in another way: what is known of its graphs so far does not hold for it."""
+        self.earlier_breaks = self._breaks()
+        self.uncached_graphs.clear()
+        self.cached_graphs.clear()
+        for context in self.contexts.values():
+            self._forget(context)
+            context.stores.clear()
 
     def _log(self, forward: Forward) -> None:
         tick = forward.tick

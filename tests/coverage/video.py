@@ -275,18 +275,24 @@ def _animate(draw: Draw) -> dict[str, Any]:
 
 
 def _animate2(draw: Draw) -> dict[str, Any]:
+    """A denoising step, beside reference tokens that an earlier pass has left."""
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
+    kept = WanAnimate2KVCache(4)
+    for layer in kept.layer_caches:
+        layer.store(draw(1, 8, 2, 16), draw(1, 8, 2, 16))
     return {
         "hidden_states": [draw(16, 2, 4, 4)],
         "timestep": torch.tensor([900.0]),
         "encoder_hidden_states": [draw(8, 32)],
         "condition_latents": [draw(20, 2, 4, 4)],
         "encoder_hidden_states_image": draw(1, 4, 1280),
-        "kv_cache": WanAnimate2KVCache(4),
-        "kv_cache_mode": "extract",
+        "kv_cache": kept,
+        "kv_cache_mode": "cached",
         "seq_len": 8,
-        "offset_grid_sizes": torch.tensor([[2, 2, 2]]),
+        "reference_grid_sizes": torch.tensor([[2, 2, 2]]),
+        "origin_len": 4,
+        "origin_area": [32, 32],
     }
 
 
