@@ -45,8 +45,8 @@ typecheck: $(STAMP)  ## mypy --strict
 	set -o pipefail; cd $(TREE) && ../../$(BIN)/mypy --strict --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache -p cache_dit | sed -E 's#^cache_dit/(passes|comfy)/#\1/#'
 
-pytest: $(STAMP)  ## the tests; ARGS="-k name" picks some
-	$(BIN)/pytest --durations=10 $(ARGS)
+pytest: $(STAMP)  ## the tests, a file at a time on each of two cores; ARGS="-k name" picks some
+	$(BIN)/pytest --durations=10 --numprocesses=2 --dist=loadfile $(ARGS)
 
 coverage: $(STAMP)  ## every transformer class of diffusers; writes docs/coverage.md
 	$(BIN)/python benchmarks/coverage.py $(ARGS)

@@ -5,8 +5,8 @@ references of its skipped steps. What has been measured is kept in build/coverag
 
     python benchmarks/coverage.py                   everything
     python benchmarks/coverage.py --resume          what is missing
-    python benchmarks/coverage.py --part 2/3        every third class
-    python benchmarks/coverage.py --quick NAME …    these, without the second compilation; docs stay as they are
+    python benchmarks/coverage.py --part 2/3        every third class; --part today/3: which third the date says
+    python benchmarks/coverage.py --quick NAME …    these, without the second compilation and the variations
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import dataclasses
 import datetime
 import json
 import logging
+import multiprocessing
+import os
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,16 +36,17 @@ import diffusers  # noqa: E402
 import torch  # noqa: E402
 
 from tests.coverage import TINY_MODELS, TinyModel, discovered  # noqa: E402
-from tests.coverage.check import HITS, SCHEDULE, Report, check  # noqa: E402
+from tests.coverage.check import HITS, SCHEDULE, VARIATIONS, Report, check, check_variation  # noqa: E402
 
 RESULTS = ROOT / "build" / "coverage.jsonl"
 PAGE = ROOT / "docs" / "coverage.md"
 HEAD = """# Coverage: every diffusion transformer of diffusers {diffusers}
 
-Written by `make coverage` on {date} with torch {torch}: {cached} of {total} configurations cached, {wrong} wrong,
-{untested} classes untested. One row a class (`+name`: a variant of its configuration), in a tiny configuration with
-random weights on the CPU, float32, run three times, once to compile, through `enable_cache(model, schedule="{schedule}",
-forecast="reuse", noise_scale=0, inner="eager")`. No class is named in the code of the package: all of it is found.
+Written by `make coverage` on {date} with torch {torch}: {classes} of {all_classes} classes cached ({cached} of {total}
+configurations), {wrong} wrong, {untested} classes untested. One row a class (`+name`: a variant of its configuration), in a
+tiny configuration with random weights on the CPU, float32, run three times, once to compile, through
+`enable_cache(model, schedule="{schedule}", forecast="reuse", noise_scale=0, inner="eager")`. No class is named in the code of
+the package: all of it is found.
 
 - **verdict**: yes, no, or WRONG (a number that must agree does not).
 - **chain of lists**: where the blocks were found; "block by block": they do not come into one graph, so each of them keeps
@@ -53,54 +58,105 @@ forecast="reuse", noise_scale=0, inner="eager")`. No class is named in the code 
 - **computed**: largest error of a computed step against the eager model, relative to the largest element.
 - **skipped**: the same of skipped steps against the graph with the cached part replaced by hand / against the eager
   model with the blocks bypassed by hooks (–: that reference needs blocks that hand their streams on one to the next).
+- **bf16**, **batches** (2, 3, 4 and 2 samples in turns, so that sizes become dynamic), **inductor** (a dozen classes on each
+  day): the same checks once more; empty where not run.
 
-| class | verdict | chain of lists | cached | live-outs and bases | graphs/breaks | hits | computed | skipped | why not |
-|---|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = (
+    "class",
+    "verdict",
+    "chain of lists",
+    "cached",
+    "live-outs and bases",
+    "graphs/breaks",
+    "hits",
+    "computed",
+    "skipped",
+    *VARIATIONS,
+    "why not",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 where a number is wrong."""
     options = _parsed(arguments)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    torch.set_num_threads(options.threads)
     known = _known() if options.resume else {}
     chosen = _chosen(options)
-    for number, tiny in enumerate(chosen, 1):
-        if tiny.label not in known:
-            known[tiny.label] = report = _checked(tiny, whole=not options.quick)
+    open_ = [tiny.label for tiny in chosen if tiny.label not in known]
+    compiled = _dozen(datetime.date.today())
+    started = perf_counter()
+    workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _quiet, max_tasks_per_child=8)
+    with workers:
+        tasks = [workers.submit(_checked, label, options.quick, label in compiled) for label in open_]
+        for number, task in enumerate(as_completed(tasks), 1):
+            report = task.result()
+            known[report.label] = report
             _keep(report)
-            print(f"{number:3}/{len(chosen)} {report.seconds:5.0f} s  {_verdict(report):5}  {_line(report)}", flush=True)
-    if len(chosen) == len(TINY_MODELS):
+            print(f"{number:3}/{len(tasks)} {report.seconds:5.0f} s  {_verdict(report):5}  {_line(report)}", flush=True)
+    if set(known) == set(TINY_MODELS):
         _write(known)
-    print(f"{sum(report.cached for report in known.values())} of {len(known)} cached")
-    return int(any(report.wrong for report in known.values()))
+    found = [known[tiny.label] for tiny in chosen]
+    print(f"{sum(report.cached for report in found)} of {len(found)} cached, in {(perf_counter() - started) / 60:.1f} minutes")
+    return int(any(_wrong(report) for report in found))
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="classes; all where none is given")
-    parser.add_argument("--part", default="1/1", help="which part of the classes, such as 2/3")
-    parser.add_argument("--quick", action="store_true", help="without the plain compilation beside it")
+    parser.add_argument("--part", default="1/1", help="which part of the classes, such as 2/3; today/3: by the date")
+    parser.add_argument("--quick", action="store_true", help="without the plain compilation beside it and the variations")
     parser.add_argument("--resume", action="store_true", help="keep what was measured before")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     return parser.parse_args(arguments)
 
 
 def _chosen(options: argparse.Namespace) -> list[TinyModel]:
     named = [tiny for tiny in TINY_MODELS.values() if not options.names or {tiny.name, tiny.label} & set(options.names)]
-    part, parts = map(int, options.part.split("/"))
-    return named[part - 1 :: parts]
+    part, parts = options.part.split("/")
+    number = datetime.date.today().toordinal() % int(parts) if part == "today" else int(part) - 1
+    return named[number :: int(parts)]
 
 
-def _checked(tiny: TinyModel, *, whole: bool) -> Report:
+def _dozen(day: datetime.date) -> set[str]:
+    """The configurations that are compiled with inductor on a day: another dozen on each."""
+    labels = sorted(TINY_MODELS)
+    return {labels[(day.toordinal() * 12 + i) % len(labels)] for i in range(12)}
+
+
+def _quiet() -> None:
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger("cache_dit").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+
+
+def _checked(label: str, quick: bool, compiled: bool) -> Report:
+    tiny = TINY_MODELS[label]
     try:
-        return check(tiny, whole=whole)
+        start = perf_counter()
+        report = check(tiny, whole=not quick)
+        names = [] if quick or not report.cached else ["bf16", "batches", *(["inductor"] if compiled else [])]
+        variations = tuple((name, _varied(tiny, name)) for name in names)
+        return dataclasses.replace(report, variations=variations, seconds=perf_counter() - start)
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        return Report(tiny.label, False, reason=f"{why} ({Path(where.filename).name}:{where.lineno})", wrong=("it raised",))
+        return Report(tiny.label, False, reason=_told(error), wrong=("it raised",))
+
+
+def _varied(tiny: TinyModel, name: str) -> str:
+    try:
+        return check_variation(tiny, name)
+    except Exception as error:
+        return f"WRONG: {_told(error)}"
+
+
+def _told(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return f"{why} ({Path(where.filename).name}:{where.lineno})"
+
+
+def _wrong(report: Report) -> bool:
+    return bool(report.wrong) or any(verdict.startswith("WRONG") for _, verdict in report.variations)
 
 
 def _keep(report: Report) -> None:
@@ -125,20 +181,24 @@ def _tuple(value: Any) -> Any:
 
 
 def _verdict(report: Report) -> str:
-    return "WRONG" if report.wrong else "yes" if report.cached else "no"
+    return "WRONG" if _wrong(report) else "yes" if report.cached else "no"
 
 
 def _line(report: Report) -> str:
-    return f"{report.label}: {' -> '.join(report.lists) or '-'}  {'; '.join([*report.wrong, report.reason]).strip('; ')}"
+    varied = [f"{name}: {verdict}" for name, verdict in report.variations if verdict != "yes"]
+    told = "; ".join(text for text in (*report.wrong, report.reason, *varied) if text)
+    return f"{report.label}: {' -> '.join(report.lists) or '-'}  {told}"
 
 
 def _write(reports: Mapping[str, Report]) -> None:
     tested = {TINY_MODELS[label].name for label in reports}
     untested = sorted(set(discovered()) - tested)
     counts = {
-        "cached": sum(report.cached and not report.wrong for report in reports.values()),
+        "cached": sum(report.cached and not _wrong(report) for report in reports.values()),
         "total": len(reports),
-        "wrong": sum(bool(report.wrong) for report in reports.values()),
+        "classes": len({TINY_MODELS[report.label].name for report in reports.values() if report.cached and not _wrong(report)}),
+        "all_classes": len(tested) + len(untested),
+        "wrong": sum(map(_wrong, reports.values())),
         "untested": len(untested),
     }
     head = HEAD.format(
@@ -150,9 +210,10 @@ def _write(reports: Mapping[str, Report]) -> None:
         **counts,
     )
     rows = [_row(report) for _, report in sorted(reports.items())]
-    rows.extend(f"| {name} | untested |" + " |" * 8 for name in untested)
+    rows.extend(f"| {name} | untested |" + " |" * (len(COLUMNS) - 2) for name in untested)
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(head + "\n".join(rows) + "\n")
+    columns = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    PAGE.write_text(head + "\n".join([*columns, *rows]) + "\n")
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
@@ -169,6 +230,7 @@ def _row(report: Report) -> str:
         str(report.hits),
         f"{report.computed_error:.0e}" if report.computed_error else "0",
         f"{_number(report.graph_error)} / {_number(report.eager_error)}" if report.cached else "",
+        *(dict(report.variations).get(name, "") for name in VARIATIONS),
         "; ".join(_cells([*report.wrong, report.reason])),
     ]
     return "| " + " | ".join(cells) + " |"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -268,8 +269,9 @@ class BlockGraph:
     def __init__(
         self, block: torch.nn.Module, owner: Blockwise, streams: Streams, programs: Programs, inputs: passes.CacheInputs
     ) -> None:
-        self._block, self._session, self._streams = block, owner.session, streams
-        self.inputs, self.report, self.frame, self.outputs = inputs, owner.report, owner, len(streams.base_of)
+        # the session keeps the graph, and must not keep the model alive
+        self._block, self._session, self._streams = weakref.ref(block), owner.session, streams
+        self.inputs, self.report, self.frame, self.outputs = inputs, owner.report, id(owner), len(streams.base_of)
         self.programs = Programs(self._computing(programs), self._reusing(programs))
         buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
         self._sizes = tuple(tuple(map(int, buffer.sizes)) for buffer in buffers)
@@ -304,7 +306,8 @@ class BlockGraph:
 
     def watched(self, args: Sequence[Any]) -> Sequence[Tensor]:
         """The block's weights."""
-        return tuple(self._block.parameters())
+        block = self._block()
+        return () if block is None else tuple(block.parameters())
 
     def _computing(self, programs: Programs) -> Callable[[Sequence[Any]], Sequence[Any]]:
         count = len(self._streams.places)

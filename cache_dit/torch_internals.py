@@ -45,6 +45,33 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+def fill_examples(gm: fx.GraphModule) -> None:
+    """Give the nodes that a pass has added the example values that the tracer gave to the others.
+
+    Without them AOT autograd takes its on-disk cache for unsafe and compiles anew in every process. Where one cannot be
+    had, nothing else is lost.
+    """
+    from torch._subclasses import FakeTensor
+
+    def example(node: fx.Node) -> Any:
+        return node.meta["example_value"]
+
+    values = [node.meta.get("example_value") for node in gm.graph.nodes]
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    if mode is None:
+        return
+    with mode, torch.no_grad():
+        for node in gm.graph.nodes:
+            if node.op not in ("call_function", "call_method") or "example_value" in node.meta:
+                continue
+            try:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), example)
+                call = node.target if node.op == "call_function" else getattr(type(args[0]), str(node.target))
+                node.meta["example_value"] = call(*args, **kwargs)
+            except (KeyError, RuntimeError, TypeError, AttributeError, AssertionError):
+                return
+
+
 def keep_dynamo_attributes(source: fx.GraphModule, target: fx.GraphModule) -> None:
     """Carry over the attributes by which AOT autograd knows a graph as Dynamo's (its cache keys rest on them)."""
     for name in _DYNAMO_ATTRIBUTES:

@@ -18,8 +18,8 @@ import torch
 # A tensor, or a proxy of one while a graph is written.
 Value = Any
 
-_MIX = 0x45D9F3B
-_GOLDEN = 0x1E3779B9
+# Odd constants of integer hashes (Weyl's golden ratio, and the finalizer of MurmurHash3), as signed 32-bit numbers.
+_GOLDEN, _FIRST, _SECOND = -0x61C88647, -0x7A143595, -0x3D4D51CB
 
 
 def statistics_length(history: int) -> int:
@@ -72,24 +72,24 @@ def rebuilt(base: Value | None, predicted: Value, dtype: torch.dtype, accumulate
 def noise(shape: Sequence[Any], count: Any, key: Value, stream: int, device: torch.device, accumulate: torch.dtype) -> Value:
     """Standard normal numbers that depend on ``key`` (int64, 0-d), ``stream`` and the element's place alone.
 
-    A counter-based generator: the place is mixed with the key by two rounds of an integer hash (the 32-bit finalizer
-    with constant 0x45d9f3b), and two 24-bit uniform numbers become one normal number (Box and Muller, 1958). No state is
-    read or written, so the user's random generators stay where they were. The place is mixed before the key comes in:
-    two keys alike in their upper bits would else give the same numbers in another order. All in int32, whose products
-    wrap: int64 gave the same numbers in 4.8 times the time (one core, AVX2).
+    A counter-based generator: the finalizer of MurmurHash3 (Appleby, 2011) over the place, with the key brought in
+    between its rounds, and its two halves as the two uniform numbers of one normal number (Box and Muller, 1958), which
+    so reaches 4.9 standard deviations. No state is read or written, so the user's random generators stay where they
+    were. The place is mixed before the key comes in: two keys alike in their upper bits would else give the same
+    numbers in another order. In int32, whose products wrap, and with few rounds: inductor writes an expression out for
+    each use, and every round uses its operand twice.
     """
     place = torch.arange(count, device=device, dtype=torch.int32)
-    first = _mixed((_mixed(place) ^ key.to(torch.int32)) + (stream * _GOLDEN & 0x7FFFFFFF))
-    second = _mixed(first + _GOLDEN)
-    radius = torch.sqrt(-2.0 * torch.log(_uniform(first, accumulate)))
-    angle = 6.283185307179586 * _uniform(second, accumulate)
+    seed = key.to(torch.int32) * _GOLDEN + ((stream + 1) * 0x3C6EF372 & 0x7FFFFFFF)
+    bits = _folded((place + 1) * _GOLDEN, 16) * _FIRST ^ seed
+    bits = _folded(_folded(bits, 13) * _SECOND, 16)
+    radius = torch.sqrt(-2.0 * torch.log(_uniform(_shifted(bits, 16), accumulate)))
+    angle = 6.283185307179586 * _uniform(bits & 0xFFFF, accumulate)
     return (radius * torch.cos(angle)).reshape(shape)
 
 
-def _mixed(value: Value) -> Value:
-    value = (_shifted(value, 16) ^ value) * _MIX
-    value = (_shifted(value, 16) ^ value) * _MIX
-    return _shifted(value, 16) ^ value
+def _folded(value: Value, bits: int) -> Value:
+    return _shifted(value, bits) ^ value
 
 
 def _shifted(value: Value, bits: int) -> Value:
@@ -98,8 +98,8 @@ def _shifted(value: Value, bits: int) -> Value:
 
 
 def _uniform(bits: Value, dtype: torch.dtype) -> Value:
-    """24 of the 32 bits as a number in (0, 1)."""
-    return (_shifted(bits, 8).to(dtype) + 0.5) * (1.0 / 16777216.0)
+    """16 bits as a number in (0, 1)."""
+    return (bits.to(dtype) + 0.5) * (1.0 / 65536.0)
 
 
 def relative_change(now: Value, before: Value, accumulate: torch.dtype) -> tuple[Value, Value]:

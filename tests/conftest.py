@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 # `python -m pytest` puts the working directory first: there our folder `comfy` would shadow ComfyUI's package.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
-torch.set_num_threads(2)
+# side by side each worker has a core of its own
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture

@@ -277,6 +277,23 @@ def test_runs_and_contexts_can_be_named_under_bare_compiling() -> None:
     assert cache_dit.get_stats(model).hits == before
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_node_of_the_programs_has_an_example_value(dynamic: bool) -> None:
+    """Without one torch takes a graph for unsafe to keep on disk, and every process compiles anew."""
+    graphs: list[fx.GraphModule] = []
+
+    def look(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    caller = torch.compile(models.seeded(models.TinyDiT), backend="cache_dit", options={"inner": look}, dynamic=dynamic)
+    run(caller, 1)
+    assert len(graphs) == 2
+    for gm in graphs:
+        without = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method") and "example_value" not in n.meta]
+        assert without == []
+
+
 # Refusals.
 
 

@@ -144,13 +144,17 @@ class PipelineRuns:
         return before is not None and index is None and hasattr(scheduler, "_step_index")
 
     def schedule(self) -> tuple[int | None, tuple[float, ...] | None]:
-        """Number of steps and noise levels of the run that begins; None where the scheduler does not say."""
+        """Number of steps and noise levels of the run that begins; None where the scheduler does not say.
+
+        A run from a picture begins in the middle of the schedule.
+        """
         scheduler = self._scheduler()
         timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
-        steps = len(timesteps) if isinstance(timesteps, torch.Tensor) else None
+        begin = getattr(scheduler, "_begin_index", None) or 0
+        steps = len(timesteps) - begin if isinstance(timesteps, torch.Tensor) else None
         if not isinstance(sigmas, torch.Tensor) or sigmas.device.type != "cpu" or sigmas.dim() != 1:
             return steps, None
-        levels = tuple(sigmas.tolist())
+        levels = tuple(sigmas[begin:].tolist())
         return steps, levels if steps is not None and len(levels) == steps + 1 else None
 
     def _scheduler(self) -> Any:

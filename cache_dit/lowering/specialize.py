@@ -10,7 +10,7 @@ from torch import fx
 
 from ..passes.specialize_branch import specialize_branch
 from ..runtime.program import FlatCall, Programs
-from ..torch_internals import copy_dynamo_graph, record_rewrite
+from ..torch_internals import copy_dynamo_graph, fill_examples, record_rewrite
 
 
 def lower_specialize(
@@ -29,6 +29,7 @@ def _specialized(gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Cal
     graph = copy_dynamo_graph(gm)
     folded = specialize_branch(graph, compute=compute)
     kept = _drop_unused_inputs(graph)
+    fill_examples(graph)
     graph.graph.lint()
     graph.recompile()
     record_rewrite("specialize_branch", folded, graph)

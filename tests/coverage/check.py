@@ -63,6 +63,7 @@ class Report:
     blockwise: bool = False
     reason: str = ""
     wrong: tuple[str, ...] = ()
+    variations: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
 
 
@@ -101,7 +102,7 @@ def check(tiny: TinyModel, *, whole: bool = True) -> Report:
             _reset()
             replayed = _replay(model, tiny)
             plain_graphs, plain_breaks = _compiled()
-        bypassed = _bypass(model, tiny, regions) if cached and tiny.streams else None
+        bypassed = _bypass(model, regions, lambda: tiny.run(len(SCHEDULE))) if cached and tiny.streams else None
     _reset()
     skipped = [i for i, mark in enumerate(SCHEDULE) if mark == "0"]
     computed = [i for i, mark in enumerate(SCHEDULE) if mark == "1" or stats.hits == 0]
@@ -323,11 +324,12 @@ def _stream_places(made: Sequence[Any], given: Sequence[Tensor]) -> list[int | N
     return places
 
 
-def _bypass(model: nn.Module, tiny: TinyModel, regions: Sequence[RegionReport]) -> list[Outputs]:
+def _bypass(model: nn.Module, regions: Sequence[RegionReport], steps: Callable[[], Sequence[dict[str, Any]]]) -> list[Outputs]:
+    """``steps`` gives the inputs of a run anew at each call: models may keep what they are given."""
     model = copy.deepcopy(model)
     parts = [_Bypass([model.get_submodule(path) for path in region.cached]) for region in regions]
     outputs = []
-    for mark, inputs, again in zip(SCHEDULE, tiny.run(len(SCHEDULE)), tiny.run(len(SCHEDULE)), strict=True):
+    for mark, inputs, again in zip(SCHEDULE, steps(), steps(), strict=True):
         for mode in ("compute", "measure") if mark == "1" else ("add",):
             for part in parts:
                 part.mode = mode
@@ -335,3 +337,81 @@ def _bypass(model: nn.Module, tiny: TinyModel, regions: Sequence[RegionReport]) 
             if mode != "measure":
                 outputs.append(made)
     return outputs
+
+
+# ---- other dtypes, batches and inner compilers ------------------------------------------------------------------------
+
+# bfloat16 has 8 bits, and the references add in another order.
+BF16_ROUNDING = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Variation:
+    """Another way to run a tiny model. ``batches``: one run each, in turns, so that sizes become dynamic."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    batches: tuple[int, ...] = (1,)
+    inner: str = "eager"
+    rounding: float = ROUNDING
+
+
+VARIATIONS = {
+    each.name: each
+    for each in (
+        Variation("bf16", dtype=torch.bfloat16, rounding=BF16_ROUNDING),
+        Variation("batches", batches=(2, 3, 4, 2)),
+        Variation("inductor", inner="inductor", rounding=1e-3),
+    )
+}
+
+
+def check_variation(tiny: TinyModel, name: str) -> str:
+    """``'yes'``, ``'not run: …'`` where the model itself does not run so, ``'no: …'`` or ``'WRONG: …'``."""
+    variation = VARIATIONS[name]
+    with torch.no_grad():
+        try:
+            model = tiny.build().to(variation.dtype)
+            plain = [[tensors_of(model(**inputs)) for inputs in _varied(tiny, variation, batch)] for batch in variation.batches]
+        except Exception as raised:
+            return f"not run: the model itself raises {type(raised).__name__}"
+        _reset()
+        cache_dit.enable_cache(model, **{**OPTIONS, "inner": variation.inner})
+        hits = []
+        for batch in (variation.batches[0], *variation.batches):
+            if tiny.time is None:
+                cache_dit.new_run(model, num_steps=len(SCHEDULE))
+            made = [tensors_of(model(**inputs)) for inputs in _varied(tiny, variation, batch)]
+            hits.append((cache_dit.get_stats(model).hits, made))
+        regions = _regions(cache_dit.explain(model))
+        cache_dit.disable_cache(model)
+        verdict = "yes"
+        for (before, _), (after, made), wanted, batch in zip(hits, hits[1:], plain, variation.batches, strict=False):
+            if after - before != HITS:
+                verdict = f"no: {after - before} hits"
+            skipped = _bypass(model, regions[:1], lambda batch=batch: _varied(tiny, variation, batch)) if tiny.streams else None
+            for i, mark in enumerate(SCHEDULE):
+                right = wanted[i] if mark == "1" or after == before else skipped[i] if skipped is not None else None
+                if right is not None and error(made[i], right) > variation.rounding:
+                    return f"WRONG: step {i + 1} of batch {batch} is {error(made[i], right):.0e} off"
+    _reset()
+    return verdict
+
+
+def _varied(tiny: TinyModel, variation: Variation, batch: int) -> list[dict[str, Any]]:
+    return [_cast(inputs, variation.dtype, batch, tiny.time) for inputs in tiny.run(len(SCHEDULE))]
+
+
+def _cast(inputs: dict[str, Any], dtype: torch.dtype, batch: int, time: str | None) -> dict[str, Any]:
+    """Floating inputs in a dtype (the timestep in its own), and everything that is one sample repeated."""
+
+    def cast(value: Any, keep: bool) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(cast(part, keep) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(dtype) if value.is_floating_point() and not keep else value
+        alone = batch > 1 and value.dim() > 0 and value.shape[0] == 1
+        return value.repeat(batch, *(1 for _ in value.shape[1:])) if alone else value
+
+    return {name: cast(value, name == time) for name, value in inputs.items()}
