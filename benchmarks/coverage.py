@@ -16,14 +16,15 @@ import dataclasses
 import datetime
 import json
 import logging
-import multiprocessing
 import os
+import queue
 import re
+import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,6 +41,8 @@ from tests.coverage.check import HITS, SCHEDULE, VARIATIONS, Report, check, chec
 
 RESULTS = ROOT / "build" / "coverage.jsonl"
 PAGE = ROOT / "docs" / "coverage.md"
+# Models checked by one process.
+GROUP = 4
 HEAD = """# Coverage: every diffusion transformer of diffusers {diffusers}
 
 Written by `make coverage` on {date} with torch {torch}: {classes} of {all_classes} classes cached ({cached} of {total}
@@ -80,19 +83,18 @@ COLUMNS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 where a number is wrong."""
     options = _parsed(arguments)
-    known = _known() if options.resume else {}
+    known = _known() if options.resume and not options.worker else {}
     chosen = _chosen(options)
     open_ = [tiny.label for tiny in chosen if tiny.label not in known]
     compiled = _dozen(datetime.date.today())
     started = perf_counter()
-    workers = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _quiet, max_tasks_per_child=8)
-    with workers:
-        tasks = [workers.submit(_checked, label, options.quick, label in compiled) for label in open_]
-        for number, task in enumerate(as_completed(tasks), 1):
-            report = task.result()
-            known[report.label] = report
-            _keep(report)
-            print(f"{number:3}/{len(tasks)} {report.seconds:5.0f} s  {_verdict(report):5}  {_line(report)}", flush=True)
+    if options.worker:
+        _work(open_, options.quick, compiled)
+        return 0
+    for number, report in enumerate(_reports(open_, options), 1):
+        known[report.label] = report
+        _keep(report)
+        print(f"{number:3}/{len(open_)} {report.seconds:5.0f} s  {_verdict(report):5}  {_line(report)}", flush=True)
     if set(known) == set(TINY_MODELS):
         _write(known)
     found = [known[tiny.label] for tiny in chosen]
@@ -106,6 +108,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", default="1/1", help="which part of the classes, such as 2/3; today/3: by the date")
     parser.add_argument("--quick", action="store_true", help="without the plain compilation beside it and the variations")
     parser.add_argument("--resume", action="store_true", help="keep what was measured before")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     return parser.parse_args(arguments)
 
@@ -123,9 +126,41 @@ def _dozen(day: datetime.date) -> set[str]:
     return {labels[(day.toordinal() * 12 + i) % len(labels)] for i in range(12)}
 
 
+def _reports(labels: Sequence[str], options: argparse.Namespace) -> Iterator[Report]:
+    """Reports as they come, from processes that check a few models each: compiled code is never freed."""
+    groups = [labels[i : i + GROUP] for i in range(0, len(labels), GROUP)]
+    done: queue.Queue[Report] = queue.Queue()
+
+    def run(group: Sequence[str]) -> None:
+        left = list(group)
+        command = [sys.executable, __file__, "--worker", *(["--quick"] if options.quick else []), *group]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    report = Report(**_tuples(json.loads(line)))
+                    left.remove(report.label)
+                    done.put(report)
+        for label in left:
+            done.put(Report(label, False, reason=f"the process ended with {process.returncode}", wrong=("it died",)))
+
+    with ThreadPoolExecutor(options.jobs) as threads:
+        for group in groups:
+            threads.submit(run, group)
+        for _ in labels:
+            yield done.get()
+
+
+def _work(labels: Sequence[str], quick: bool, compiled: Container[str]) -> None:
+    """What a process of `_reports` does: one line of JSON for each model."""
+    _quiet()
+    for label in labels:
+        print(json.dumps(dataclasses.asdict(_checked(label, quick, label in compiled))), flush=True)
+
+
 def _quiet() -> None:
     warnings.filterwarnings("ignore")
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    logging.getLogger("diffusers").setLevel(logging.CRITICAL)
     logging.getLogger("cache_dit").setLevel(logging.ERROR)
     torch.set_num_threads(1)
 

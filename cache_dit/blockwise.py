@@ -305,9 +305,9 @@ class BlockGraph:
         return self._sizes
 
     def watched(self, args: Sequence[Any]) -> Sequence[Tensor]:
-        """The block's weights."""
+        """The block's weights; not the placeholders, new ones at each call, that offloading leaves where it takes them away."""
         block = self._block()
-        return () if block is None else tuple(block.parameters())
+        return () if block is None else tuple(weight for weight in block.parameters() if not weight.is_meta)
 
     def _computing(self, programs: Programs) -> Callable[[Sequence[Any]], Sequence[Any]]:
         count = len(self._streams.places)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .graph_values import name_of
-from .module_paths import block_path, is_compute, memberships
+from .module_paths import block_path, is_compute, memberships, module_entries
 
 MIN_BLOCK_NODES = 3
 MIN_BLOCKS = 2
@@ -57,6 +57,8 @@ class _Candidate:
         self.path = path
         self.members: dict[int, list[int]] = {}
         self.classes: dict[int, str] = {}
+        # where the blocks' own names say no number
+        self.names: dict[int, str] = {}
 
     @property
     def size(self) -> int:
@@ -77,7 +79,8 @@ class _Candidate:
 def find_blocks(gm: fx.GraphModule) -> BlockChains:
     """Find the block lists of a traced model and the chains they form.
 
-    *Detects* containers with two or more numbered children that did work, by ``nn_module_stack``. Lists in sequence,
+    *Detects* containers with two or more numbered children that did work, by ``nn_module_stack``; where there are none,
+    three or more modules of one class beside each other, whatever their names. Lists in sequence,
     each fed by the one before it, make a chain (Flux: double blocks, then single blocks); lists that interleave
     (spatial, temporal, spatial, …) count as one list of composite blocks.
 
@@ -86,7 +89,7 @@ def find_blocks(gm: fx.GraphModule) -> BlockChains:
     *Refuses when* nothing is repeated: both fields are then empty.
     """
     nodes = list(gm.graph.nodes)
-    candidates = _without_nested(_containers(nodes))
+    candidates = _without_nested(_containers(nodes) or _siblings(nodes))
     for candidate in candidates:
         _keep_one_run_per_block(candidate)
     merged = _merge_interleaved(candidates)
@@ -105,6 +108,26 @@ def _containers(nodes: Sequence[fx.Node]) -> dict[str, _Candidate]:
             if class_name:
                 candidate.classes.setdefault(index, class_name)
     return {path: c for path, c in found.items() if _is_repeated(c, nodes)}
+
+
+def _siblings(nodes: Sequence[fx.Node]) -> dict[str, _Candidate]:
+    """Modules of one class with one parent, in the order in which they first run."""
+    found: dict[tuple[str, str], _Candidate] = {}
+    numbers: dict[str, int] = {}
+    for position, node in enumerate(nodes):
+        if not is_compute(node):
+            continue
+        for path, class_name in dict.fromkeys(module_entries(node)):
+            parent = path.rpartition(".")[0]
+            candidate = found.setdefault((parent, class_name), _Candidate(f"{parent}.*" if parent else "*"))
+            number = numbers.setdefault(path, len(candidate.members))
+            candidate.members.setdefault(number, []).append(position)
+            candidate.names[number], candidate.classes[number] = path, class_name
+    repeated = [candidate for candidate in found.values() if _is_repeated(candidate, nodes)]
+    largest: dict[str, _Candidate] = {}
+    for candidate in sorted(repeated, key=lambda each: each.size):
+        largest[candidate.path] = candidate
+    return largest
 
 
 def _is_repeated(candidate: _Candidate, nodes: Sequence[fx.Node]) -> bool:
@@ -183,9 +206,9 @@ def _block_list(group: list[_Candidate]) -> BlockList:
     for place, (index, positions) in enumerate(ordered):
         following = starts[place + 1] - 1 if place + 1 < len(starts) else end
         last = positions[-1] if len(group) == 1 else following
-        path = block_path(head.path, index)
+        path = head.names.get(index) or block_path(head.path, index)
         blocks.append(Block(path, head.classes.get(index, ""), positions[0], last))
-    path = " + ".join(candidate.path.rstrip("*") for candidate in group)
+    path = " + ".join(candidate.path.rstrip("*").rstrip(".") or "*" for candidate in group)
     return BlockList(path, tuple(blocks), head.first, end, sum(candidate.size for candidate in group))
 
 

@@ -187,6 +187,24 @@ class AttributeStack(Stack):
         return self.block2(self.block1(self.block0(h, t), t), t)
 
 
+class NamedStack(Stack):
+    """Blocks as attributes without numbers, beside a module of another class; ``keyed``: in a ``ModuleDict`` instead."""
+
+    def __init__(self, keyed: bool = False) -> None:
+        super().__init__(depth=0)
+        names = ("entry", "middle", "exit")
+        if keyed:
+            self.named = nn.ModuleDict({name: SimpleBlock() for name in names})
+        else:
+            for name in names:
+                setattr(self, name, SimpleBlock())
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        for block in self.named.values() if hasattr(self, "named") else (self.entry, self.middle, self.exit):
+            h = block(h, t)
+        return h
+
+
 class InPlaceStack(Stack):
     """``x += ...`` in every block. ``keeps``: the first hidden state is read again behind the blocks."""
 
@@ -357,6 +375,8 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "reversed": (ReversedStack, False),
     "twice": (TwiceStack, False),
     "attributes": (AttributeStack, False),
+    "named": (NamedStack, False),
+    "keyed": (lambda: NamedStack(keyed=True), False),
     "in_place": (InPlaceStack, False),
     "long_skip": (LongSkipStack, False),
     "joint": (JointDiT, True),

@@ -381,13 +381,7 @@ class Session:
     def _decide(self, forward: Forward, context: Context, store: ResidualStore) -> None:
         tick = forward.tick
         assert tick is not None
-        if tick.run != self._decided_run:
-            self._decisions.clear()
-            self._decided_run = tick.run
-            self.counters.runs += 1
-            # read, not drawn: the noise follows the user's seed and leaves the generator where it is
-            self._noise_seed = torch.initial_seed()
-            self._said_about_run()
+        self._note_run(tick.run)
         if forward.time is None and not self.clock.manual:
             self.counters.refuse("no_timestep")
             self.said.warn("no_timestep")
@@ -395,6 +389,16 @@ class Session:
         else:
             forward.decision = self._decision_of(tick.step, forward, context, store)
         forward.reason = forward.decision.reason
+
+    def _note_run(self, run: int) -> None:
+        if run == self._decided_run:
+            return
+        self._decisions.clear()
+        self._decided_run = run
+        self.counters.runs += 1
+        # read, not drawn: the noise follows the user's seed and leaves the generator where it is
+        self._noise_seed = torch.initial_seed()
+        self._said_about_run()
 
     def _decision_of(self, step: int, forward: Forward, context: Context, store: ResidualStore) -> Decision:
         known = self._decisions.get(step)
@@ -559,7 +563,7 @@ class Session:
         else:
             key = "no_region"
         self.counters.refuse(key)
-        if key == "no_region" and self._tries_capture(reasons):
+        if key == "no_region" and not self._holds_main_list() and self._tries_capture(reasons):
             return
         details = "; ".join(dict.fromkeys(report.refusal_text(self.options.language) for report in reasons))
         if self.options.strict and key == "no_region":
@@ -575,6 +579,10 @@ class Session:
         context = self.contexts.get(tick.context)
         if tick.fresh and context is not None:
             context.forget()
+        self._note_run(tick.run)
+        if tick.step not in self._decisions:
+            self._decisions[tick.step] = COMPUTE_FIRST, 0
+            self.counters.steps += 1
 
     def _tries_capture(self, reports: Sequence[GraphReport]) -> bool:
         """Where the blocks came apart into several graphs, trace in another way; True if that is to come.
@@ -600,11 +608,12 @@ class Session:
 
     def _main_list_came_apart(self) -> bool:
         """Whether blocks are cached, and none of the model's longest list among them."""
-        path = self.main_list
-        if path is None or len(self.cached_graphs) + len(self.uncached_graphs) < 2:
-            return False
-        regions = [graph.report.region for graph in self.cached_graphs]
-        return not any(region is not None and region.holds(path) for region in regions)
+        several = len(self.cached_graphs) + len(self.uncached_graphs) > 1
+        return self.main_list is not None and several and not self._holds_main_list()
+
+    def _holds_main_list(self) -> bool:
+        path, regions = self.main_list, [graph.report.region for graph in self.cached_graphs]
+        return path is not None and any(region is not None and region.holds(path) for region in regions)
 
     def _said_side_list(self) -> None:
         reports = [g.report for g in self.cached_graphs] + [g.report for g in self.uncached_graphs]

@@ -83,6 +83,13 @@ def test_a_list_called_twice_counts_where_it_ran_first() -> None:
     assert blocks.last < first_block[-1]
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "blocks"), [("named", "*", "entry middle exit"), ("keyed", "named", "named.entry named.middle named.exit")]
+)
+def test_modules_of_one_class_are_blocks_whatever_their_names(name: str, path: str, blocks: str) -> None:
+    assert found_in(name) == f"{path}: {blocks}\nchain {path}"
+
+
 def test_attributes_with_numbers_are_a_list() -> None:
     assert_expected_inline(
         found_in("attributes"),
