@@ -107,6 +107,12 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "cached block by block: the blocks cannot be traced into one graph, so each block keeps a residual of its own and what "
         "lies between them runs in eager. Graph breaks: {breaks}",
     ),
+    "few_steps": (
+        "本次采样只有 {steps} 步，全部落在 {warmup} 步预热之内，因此不会跳过任何一步。"
+        "步数很少的模型相邻两步差别很大，跳过往往看得出来；仍要跳过时请设置 warmup_steps=1",
+        "the run has {steps} steps, all within the warm-up of {warmup}: nothing is skipped. Models of few steps change much "
+        "from one to the next, so skipping shows; to skip all the same set warmup_steps=1",
+    ),
     "side_list": (
         "只有旁支列表 {cached} 被缓存，主要的块列表 {wanted} 被拆到了不同的图中，因此未缓存；图中断的原因: {breaks}",
         "only a side list is cached ({cached}): the blocks of {wanted} came apart into several graphs and are not; "

@@ -365,3 +365,21 @@ def test_the_other_project_is_named_where_it_is_installed(monkeypatch: pytest.Mo
     with pytest.warns(CacheDitWarning, match=r"cache-dit 1\.2\.3") as said:
         other_project.warn_of_other_project()
     assert "pip uninstall cache-dit" in str(said[0].message)
+
+
+# Runs of few steps.
+
+
+def test_a_run_within_its_warm_up_is_spoken_of_once(model: nn.Module) -> None:
+    cache_dit.enable_cache(model, language="en", **EAGER)
+    with pytest.warns(CacheDitWarning, match="the run has 3 steps") as said:
+        for _ in range(2):
+            cache_dit.new_run(model, num_steps=3)
+            run(model, 3)
+    assert len(said) == 1
+    assert cache_dit.get_stats(model).hits == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CacheDitWarning)
+        cache_dit.new_run(model, num_steps=4)
+        run(model, 4)
+    assert cache_dit.get_stats(model).hits == 1

@@ -443,6 +443,9 @@ class Session:
         options = self.options
         if self.clock.num_steps is None and (options.start_percent > 0.0 or options.end_percent < 1.0):
             self.said.warn("percent_ignored")
+        warmup, steps = options.warmup_steps, self.clock.num_steps
+        if options.schedule is None and warmup is not None and steps is not None and steps <= warmup:
+            self.said.warn("few_steps", steps=steps, warmup=warmup)
         if options.correction is True:
             self.said.warn("correction_unbuilt")
         if options.target_speedup is not None and (options.strategy != "adaptive" or options.schedule is not None):
