@@ -208,7 +208,7 @@ def _block_list(group: list[_Candidate]) -> BlockList:
         last = positions[-1] if len(group) == 1 else following
         path = head.names.get(index) or block_path(head.path, index)
         blocks.append(Block(path, head.classes.get(index, ""), positions[0], last))
-    path = " + ".join(candidate.path.rstrip("*").rstrip(".") or "*" for candidate in group)
+    path = " + ".join("*" if each.path == "*" else each.path.rstrip("*").rstrip(".") for each in group)
     return BlockList(path, tuple(blocks), head.first, end, sum(candidate.size for candidate in group))
 
 
