@@ -501,7 +501,8 @@ class Session:
         if skip:
             forecast = FORECASTS[self._forecast_name(store)]
             weights = forecast.weights(store.points, point, self.options.order)
-            key = noise_key(self._noise_seed, tick.step, tick.context)
+            if self.options.noise_scale > 0.0:
+                key = noise_key(self._noise_seed, tick.step, tick.context)
         padded = (*weights, *([0.0] * (inputs.history - len(weights))), self.options.noise_scale)
         return (
             self._constant((not skip,), torch.bool, inputs.device),
