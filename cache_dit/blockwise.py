@@ -28,7 +28,7 @@ from .options import ProgramOptions
 from .runtime.buffers import Sizes
 from .runtime.program import Programs
 from .runtime.session import active_session
-from .torch_internals import fake_like
+from .torch_internals import compile_limits, fake_like
 
 if TYPE_CHECKING:
     from .runtime.session import Session
@@ -143,7 +143,8 @@ class CachedBlock:
         inner = owner.program.inner
         self._run: Callable[..., Any] = block._call_impl
         if inner != "eager":
-            self._run = torch.compile(block._call_impl, backend=inner, options=dict(owner.program.inner_options) or None)
+            options = dict(owner.program.inner_options) or None
+            self._run = torch.compile(block._call_impl, backend=inner, options=options, **compile_limits())
 
     def install(self) -> None:
         """Take the slot."""
