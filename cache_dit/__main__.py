@@ -245,7 +245,8 @@ def inspect(options: argparse.Namespace) -> None:
     from .integrations.targets import denoisers_of
 
     subject = _subject(options)
-    _turn_on(subject, options.inner, cache_options(options), options.language)
+    # a call or two, which skip nothing: that is no run of few steps
+    _turn_on(subject, options.inner, {**cache_options(options), "schedule": "1"}, options.language)
     subject.forward()
     print("\n\n".join(str(explain(module)) for module in denoisers_of(subject.model, options.language)))
 
@@ -469,19 +470,27 @@ class PipelineSubject(Subject):
         return pipeline(**{name: value for name, value in given.items() if name in parameters})
 
     def draw(self, measured: Sequence[Measured], path: Path) -> bool:
-        from .compare import Panel, draw_comparison
+        from .compare import Panel, Strip, draw_comparison
 
         panels = [Panel(each.name, _stills(each.runs[0].outputs)) for each in measured]
-        draw_comparison(path, panels, [], columns=min(4, len(panels[0].pictures)))
+        strips = [Strip("", each.runs[0].computed, each.name) for each in measured if each.runs[0].computed]
+        draw_comparison(path, panels, strips, columns=min(4, len(panels[0].pictures)))
         return True
 
 
+CONTACT_FRAMES = 8
+"""Frames of a video that the picture of a comparison shows."""
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def _stills(outputs: Tensor) -> NDArray[np.float32]:
-    """Pictures ``[N, H, W, C]`` of pictures, or the middle frames of videos ``[N, F, H, W, C]``."""
-    pictures = outputs[:, outputs.shape[1] // 2] if outputs.dim() == 5 else outputs
+    """Pictures ``[N, H, W, C]`` of pictures, or the contact sheet of videos ``[N, F, H, W, C]``: frames at equal distances."""
+    pictures = outputs
+    if outputs.dim() == 5:
+        frames = outputs.shape[1]
+        count = min(frames, CONTACT_FRAMES)
+        shown = [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
+        pictures = outputs[:, shown].flatten(0, 1)
     array: NDArray[np.float32] = pictures.float().numpy()
     return array[..., 0] if array.shape[-1] == 1 else array
 

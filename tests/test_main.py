@@ -247,6 +247,16 @@ def test_folder_of_a_pipeline(own_models: None, tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "new" / "p.png").stat().st_size > 1000
 
 
+def test_a_video_is_shown_as_frames_at_equal_distances() -> None:
+    frames = torch.arange(2 * 17).reshape(2, 17, 1, 1, 1).expand(2, 17, 4, 4, 3)
+    shown = command._stills(frames)
+    assert shown.shape == (16, 4, 4, 3)
+    assert shown[:, 0, 0, 0].tolist() == [0, 2, 5, 7, 9, 11, 14, 16, 17, 19, 22, 24, 26, 28, 31, 33]
+    assert command._stills(frames[:1, :1]).shape == (1, 4, 4, 3)
+    # pictures stay as they are, and one channel is grey
+    assert command._stills(torch.zeros(3, 4, 4, 1)).shape == (3, 4, 4)
+
+
 def tiny_transformer() -> Any:
     """A transformer of diffusers with three blocks."""
     diffusers = pytest.importorskip("diffusers")
