@@ -45,8 +45,10 @@ PAGE = ROOT / "docs" / "coverage.md"
 GROUP = 4
 HEAD = """# Coverage: every diffusion transformer of diffusers {diffusers}
 
+[README](../README.md) · [Tested models](models.md)
+
 Written by `make coverage` on {date} with torch {torch}: {classes} of {all_classes} classes cached ({cached} of {total}
-configurations), {wrong} wrong, {untested} classes untested. One row a class (`+name`: a variant of its configuration), in a
+configurations), {wrong} wrong, {untested} untested. One row a class (`+name`: a variant of its configuration), in a
 tiny configuration with random weights on the CPU, float32, run three times, once to compile, through
 `enable_cache(model, schedule="{schedule}", forecast="reuse", noise_scale=0, inner="eager")`. No class is named in the code of
 the package: all of it is found.

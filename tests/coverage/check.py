@@ -393,7 +393,7 @@ def check_variation(tiny: TinyModel, name: str) -> str:
         for (before, _), (after, made), wanted, batch in zip(hits, hits[1:], plain, variation.batches, strict=False):
             if after - before != HITS:
                 verdict = f"no: {after - before} hits"
-            skipped = _bypass(model, regions[:1], lambda batch=batch: _varied(tiny, variation, batch)) if tiny.streams else None
+            skipped = _bypass(model, regions, lambda batch=batch: _varied(tiny, variation, batch)) if tiny.streams else None
             for i, mark in enumerate(SCHEDULE):
                 right = wanted[i] if mark == "1" or after == before else skipped[i] if skipped is not None else None
                 if right is not None and error(made[i], right) > variation.rounding:
