@@ -18,6 +18,7 @@ from torch import fx
 
 from .errors import CacheDitError
 
+RECOMPILE_LIMIT = 64
 # Attributes that Dynamo sets on the module it hands to a backend, and that AOT autograd reads from it.
 _DYNAMO_ATTRIBUTES = ("meta", "_param_name_to_source", "compile_subgraph_reason", "_backend_id")
 # Files of torch on the stack between the compiled function that the user called and the frame being compiled.
@@ -270,7 +271,22 @@ def compile_limits() -> dict[str, Any]:
     import inspect
 
     known = inspect.signature(torch.compile).parameters
-    return {"recompile_limit": 64} if "recompile_limit" in known else {}
+    return {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}
+
+
+def allowing_recompiles(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same limit where ``torch.compile`` does not take it (torch 2.11): set during the calls alone."""
+    if compile_limits():
+        return compiled
+    from torch._dynamo import config
+
+    patch: Any = config.patch
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 @contextmanager

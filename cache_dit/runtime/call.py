@@ -10,7 +10,7 @@ import torch
 
 from ..backend import OwnedBackend, owned_backend
 from ..structure import chain_of_blocks, main_list
-from ..torch_internals import capturing_more, compile_limits, is_tracing_failure, trace_again
+from ..torch_internals import allowing_recompiles, capturing_more, compile_limits, is_tracing_failure, trace_again
 from .program import read_time, time_names
 from .session import Capture, Session, active_session
 
@@ -104,7 +104,7 @@ class CachedCall:
             return self._blockwise
         if way is Capture.MORE:
             backend = owned_backend(backend.program, backend.mode, True)
-        compiled: Callable[..., Any] = torch.compile(self._module._call_impl, backend=backend, **compile_limits())
+        compiled = allowing_recompiles(torch.compile(self._module._call_impl, backend=backend, **compile_limits()))
         return capturing_more(compiled) if way is Capture.MORE else compiled
 
     def _leave_blocks(self) -> None:
