@@ -179,6 +179,7 @@ class FallbackCompiler:
     """The inner compiler of one graph; where it fails, the graph runs as traced, said once. ``strict`` raises instead."""
 
     def __init__(self, program: ProgramOptions, mode: str | None, language: str | None) -> None:
+        self.__name__ = "cache_dit"
         self._program, self._language = program, language
         self._compile = inner_compiler(program.inner, mode, dict(program.inner_options))
 

@@ -28,11 +28,13 @@ from .options import ProgramOptions
 from .runtime.buffers import Sizes
 from .runtime.program import Programs
 from .runtime.session import active_session
-from .torch_internals import compile_limits, fake_like
+from .torch_internals import allowing_recompiles, compile_limits, fake_like
 
 if TYPE_CHECKING:
     from .runtime.session import Session
 
+# There is nothing to branch over between blocks that run one by one: the host picks the program.
+LOWERING = "specialize"
 BlockPrograms = tuple[Programs, passes.CacheInputs]
 _SLOT = "_compiled_call_impl"
 # Arguments of these types cannot carry state out of a block that is skipped.
@@ -56,7 +58,10 @@ class Blockwise:
             tuple(paths[program.front_blocks : stop]),
             tuple(paths[stop:]),
         )
-        self.report = GraphReport(0, None, None, lowering=choose_lowering(program.lowering).name)
+        if program.lowering not in ("auto", LOWERING):
+            session.said.warn("lowering_unbuilt", wanted=program.lowering, used=LOWERING)
+        self.report = GraphReport(0, None, None, lowering=LOWERING)
+        self.compile_inner = FallbackCompiler(program, None, session.options.language)
         self._programs: dict[Hashable, BlockPrograms] = {}
         self._blocks = [CachedBlock(module.get_submodule(path), self) for path in self.cached]
 
@@ -95,9 +100,8 @@ class Blockwise:
         )
         if self.report.region is None:
             self.report.region = self._described(region, inputs, len(bases))
-        compile_inner = FallbackCompiler(program, None, self.session.options.language)
         examples = with_cache_examples(graph, [node.meta["example_value"] for node in region.live_ins])
-        return choose_lowering("specialize").lower(graph, examples, compile_inner), inputs
+        return choose_lowering(LOWERING).lower(graph, examples, self.compile_inner), inputs
 
     def _described(self, region: passes.Region, inputs: passes.CacheInputs, bases: int) -> RegionReport:
         """As of one block, but for the memory, which each block takes."""
@@ -140,11 +144,9 @@ class CachedBlock:
         self._replaced: Any = None
         self._had_slot = False
         self._graphs: dict[Hashable, BlockGraph | None] = {}
-        inner = owner.program.inner
         self._run: Callable[..., Any] = block._call_impl
-        if inner != "eager":
-            options = dict(owner.program.inner_options) or None
-            self._run = torch.compile(block._call_impl, backend=inner, options=options, **compile_limits())
+        if owner.program.inner != "eager":
+            self._run = allowing_recompiles(torch.compile(self._run, backend=owner.compile_inner, **compile_limits()))
 
     def install(self) -> None:
         """Take the slot."""
@@ -215,6 +217,9 @@ class _Arguments:
         if isinstance(values, Tensor):
             self.tensors.append(values)
             return _kind(values)
+        if isinstance(values, float):
+            # no shape depends on it, and it may be another one at each step
+            return float
         if isinstance(values, _STATELESS):
             return type(values), values
         if type(values) in (tuple, list):

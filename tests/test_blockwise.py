@@ -351,6 +351,52 @@ def test_a_cached_side_list_does_not_end_the_search() -> None:
     assert found.region is not None and found.region.cached == tuple(f"blocks.{i}" for i in range(1, 9))
 
 
+class TakesNumber(models.Block):
+    def forward(self, x: Tensor, temb: Tensor, sigma: float = 0.0) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x, temb) + 1e-3 * sigma
+
+
+class NumberDiT(models.TinyDiT):
+    def __init__(self) -> None:
+        super().__init__(block=TakesNumber)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h, temb = self.embed(x), self.time(t)
+        for block in self.blocks:
+            h = block(h, temb, sigma=float(t[0]))
+        return self.head(h)
+
+
+def test_a_number_that_changes_at_each_step_is_no_other_shape() -> None:
+    model = models.seeded(NumberDiT)
+    cache_dit.enable_cache(model, schedule=SCHEDULE, **EXACT)
+    run(model)
+    hits = cache_dit.get_stats(model).hits
+    run(model)
+    assert cache_dit.get_stats(model).hits - hits == sum(SKIPPED)
+
+
+def test_a_failing_inner_compiler_leaves_the_blocks_in_eager() -> None:
+    def fails(gm: Any, examples: Any) -> Any:
+        raise ArithmeticError("no compiler")
+
+    model = dit()
+    wanted = with_eager_cache(model)
+    cache_dit.enable_cache(model, schedule=SCHEDULE, **{**EXACT, "inner": fails})
+    with pytest.warns(CacheDitWarning, match="no compiler"):
+        assert_close(run(model), wanted)
+    assert cache_dit.get_stats(model).hits == sum(SKIPPED)
+
+
+def test_a_lowering_that_blocks_cannot_have_is_said() -> None:
+    model = dit()
+    cache_dit.enable_cache(model, schedule=SCHEDULE, lowering="cond", **EXACT)
+    with pytest.warns(CacheDitWarning, match="cond"):
+        run(model)
+    assert "compiled as: specialize" in str(cache_dit.explain(model))
+
+
 def test_strict_does_not_raise_before_every_way_was_tried() -> None:
     model = dit()
     cache_dit.enable_cache(model, schedule=SCHEDULE, strict=True, **EXACT)
