@@ -127,7 +127,7 @@ def leave_module(module: torch.nn.Module) -> None:
 
 
 class PipelineRuns:
-    """What a pipeline's scheduler tells about the run: when it starts, its number of steps and its noise levels."""
+    """What a pipeline's scheduler and guider tell about the run: its start, number of steps, noise levels and contexts."""
 
     def __init__(self, pipeline: Any) -> None:
         try:
@@ -156,6 +156,11 @@ class PipelineRuns:
             return steps, None
         levels = tuple(sigmas[begin:].tolist())
         return steps, levels if steps is not None and len(levels) == steps + 1 else None
+
+    def context(self) -> str | None:
+        """Which of the predictions that a guider combines is being made: it counts those of a step."""
+        count = getattr(getattr(self._pipeline(), "guider", None), "_count_prepared", 0)
+        return f"guidance {count}" if count else None
 
     def _scheduler(self) -> Any:
         return getattr(self._pipeline(), "scheduler", None)
