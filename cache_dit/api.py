@@ -50,6 +50,7 @@ def enable_cache(
     target_speedup: float | None = None,
     correction: str | bool | None = None,
     max_consecutive_hits: int | None = None,
+    control_refresh: bool | float | None = None,
     lowering: str | None = None,
     inner: str | Callable[..., Any] | None = None,
     inner_options: Mapping[str, Any] | None = None,
@@ -82,6 +83,9 @@ def enable_cache(
         target_speedup: adaptive: by what factor the cached blocks' work is to fall over a run.
         correction: ``'auto'`` or a bool.
         max_consecutive_hits: the most steps skipped in a row (default 4; adaptive: its own choice).
+        control_refresh: compute a step due to be skipped where what enters the cached blocks from outside (the outputs of a
+            control network) moved by more than this share of its mean size since the last computed step; True means 0.1
+            (default False).
         lowering: ``'auto'``, ``'specialize'``, ``'cond'`` or ``'pieces'``.
         inner: the compiler that gets the rewritten graph: ``'inductor'`` (default), ``'aot_eager'``, ``'eager'``, another
             backend of torch, or a callable (graph module, example inputs) -> callable.

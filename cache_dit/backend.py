@@ -160,7 +160,7 @@ def compile_graph(
         _raise_if_strict(report, program, calls, language)
         runnable = UncachedGraph(compile_inner(copy_dynamo_graph(gm), examples), report, calls.note)
     else:
-        graph, region, inputs = rewritten
+        graph, region, inputs, controls = rewritten
         report.region = describe_region(region, inputs)
         lowering = choose_lowering(program.lowering)
         if program.lowering not in ("auto", lowering.name):
@@ -168,7 +168,7 @@ def compile_graph(
         report.lowering = lowering.name
         programs = lowering.lower(graph, with_cache_examples(graph, examples), compile_inner)
         plain = _plain(copy_dynamo_graph(gm), program)
-        runnable = CachedGraph(calls.find, programs, plain, inputs, gm, report, frame_id(gm))
+        runnable = CachedGraph(calls.find, programs, plain, inputs, gm, report, frame_id(gm), controls)
     report.compile_seconds = perf_counter() - start
     announce(text("compiled", language, seconds=report.compile_seconds))
     calls.compiled(report)
@@ -201,7 +201,7 @@ class FallbackCompiler:
 
 def _rewrite(
     gm: fx.GraphModule, program: ProgramOptions
-) -> tuple[fx.GraphModule, passes.Region, passes.CacheInputs] | passes.Refusal:
+) -> tuple[fx.GraphModule, passes.Region, passes.CacheInputs, tuple[int, ...]] | passes.Refusal:
     """The passes up to the cond form, over a copy."""
     if torch.is_grad_enabled():
         return passes.Refusal("grad_mode")
@@ -212,6 +212,7 @@ def _rewrite(
     )
     if isinstance(region, passes.Refusal):
         return region
+    controls = passes.control_inputs(graph, region)
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
     branch = passes.BranchOptions(
         program.history, program.noise, program.front_clock, program.residual_dtype, program.residual_device
@@ -223,7 +224,7 @@ def _rewrite(
         return passes.Refusal("sizes_unknown")
     graph.graph.lint()
     graph.recompile()
-    return graph, region, inputs
+    return graph, region, inputs, controls
 
 
 def _plain(gm: fx.GraphModule, program: ProgramOptions) -> Callable[..., Any]:

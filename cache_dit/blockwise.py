@@ -276,6 +276,7 @@ class BlockGraph:
         self, block: torch.nn.Module, owner: Blockwise, streams: Streams, programs: Programs, inputs: passes.CacheInputs
     ) -> None:
         # the session keeps the graph, and must not keep the model alive
+        self.controls: tuple[int, ...] = ()
         self._block, self._session, self._streams = weakref.ref(block), owner.session, streams
         self.inputs, self.report, self.frame, self.outputs = inputs, owner.report, id(owner), len(streams.base_of)
         self.programs = Programs(self._computing(programs), self._reusing(programs))

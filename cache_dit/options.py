@@ -24,6 +24,8 @@ LOWERINGS: Final = ("auto", "specialize", "pieces", "cond")
 MAX_ORDER: Final = 3
 DEFAULT_WARMUP_STEPS: Final = 3
 DEFAULT_TOLERANCE: Final = 0.1
+DEFAULT_CONTROL_REFRESH: Final = 0.1
+"""What `control_refresh=True` means."""
 DEFAULT_MAX_CONSECUTIVE_HITS: Final = 4
 """What `max_consecutive_hits=None` means under the strategies fixed and dynamic."""
 RESIDUAL_DTYPES: Final = (
@@ -66,6 +68,7 @@ class CacheOptions:
     target_speedup: float | None = None  # None: `tolerance` rules alone
     correction: bool | str = "auto"
     max_consecutive_hits: int | None = None  # None: the strategy
+    control_refresh: float | None = None  # None: what enters the cached blocks from outside is not watched
     lowering: str = "auto"
     inner: str | Callable[..., Any] = "inductor"
     inner_options: dict[str, Any] | None = None
@@ -308,6 +311,12 @@ def _accept_correction(value: object) -> bool | str:
     return "auto"
 
 
+def _accept_control_refresh(value: object) -> float | None:
+    if _is_bool(value):
+        return DEFAULT_CONTROL_REFRESH if value else None
+    return _accept_positive(value)
+
+
 def _accept_schedule(value: object) -> tuple[bool, ...]:
     if isinstance(value, str):
         if not value or not set(value) <= set("01"):
@@ -408,6 +417,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "target_speedup": _number(1),
     "correction": _Rule("'auto' | bool", _accept_correction),
     "max_consecutive_hits": _integer(1),
+    "control_refresh": _Rule("bool | float > 0", _accept_control_refresh),
     "lowering": _one_of(LOWERINGS),
     "inner": _Rule("'inductor' | 'aot_eager' | 'eager' | str (a torch.compile backend) | callable", _accept_inner),
     "inner_options": _Rule("dict[str, object]", _accept_inner_options),

@@ -124,7 +124,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "from one to the next, so skipping shows; to skip all the same set warmup_steps=1",
     ),
     "context_recompiles": (
-        "上下文 {context} 每次调用都会重新编译（其中有对象每步都被重新创建），之后不再编译它，也不为它使用缓存；其他上下文照常缓存",
+        "上下文 {context} 每次调用都会重新编译（其中有对象每步都被重新创建），之后不再编译和缓存它；其他上下文照常缓存",
         "the context {context} compiles at every call, since something in it is made anew each time: from now on it runs "
         "uncompiled and uncached; the other contexts are cached as before",
     ),
@@ -183,6 +183,13 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "解决方案: 使用 residual_dtype=torch.bfloat16、residual_device='cpu' 或 forecast='reuse'",
         "Not enough memory for the cache: the model computes as usual\n"
         "Remedy: residual_dtype=torch.bfloat16, residual_device='cpu' or forecast='reuse'",
+    ),
+    "control_ignored": (
+        "从外部进入被缓存块的输入（例如 ControlNet 的输出）在跳过的步上改变了 {moved:.1f}%，这些步听不到这种变化\n"
+        "解决方案: 需要时使用 control_refresh=True: 变化超过 10% 的步会重新计算",
+        "What enters the cached blocks from outside (such as a control network's output) moved by {moved:.1f} % at a skipped "
+        "step, which does not hear it\n"
+        "Remedy: where that matters, control_refresh=True computes the steps at which it moved by more than 10 %",
     ),
     "percent_ignored": (
         "不知道本次采样的总步数，start_percent 和 end_percent 不起作用\n解决方案: 调用 cache_dit.new_run(model, num_steps=...)",
@@ -268,6 +275,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "count_first_call": ("本轮首次调用", "first call of a run"),
     "count_nothing_stored": ("没有可用的缓存", "nothing valid stored"),
     "count_shape_changed": ("形状或图改变", "shape or graph changed"),
+    "count_control_moved": ("外部控制输入改变", "what enters the blocks from outside moved"),
+    "count_eager_context": ("该上下文不编译", "a context that is not compiled"),
     "count_weights_changed": ("权重改变", "weights changed"),
     "count_pattern_broken": ("调用规律被打破", "pattern of calls broken"),
     "count_no_timestep": ("没有时间步", "no timestep"),

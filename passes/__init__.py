@@ -5,24 +5,26 @@ pass                 kind      what it does
 ===================  ========  =====================================================================
 find_blocks          analysis  block lists and chains of lists, by ``nn_module_stack``
 choose_region        analysis  the blocks to cache, live-ins, live-outs and the base of each live-out
+control_inputs       analysis  the inputs that enter the region past the blocks that always compute
 outline_region       rewrite   the region becomes a submodule with explicit inputs and outputs
 insert_cache_branch  rewrite   the submodule becomes ``cond(pred, compute, reuse)``
 specialize_branch    rewrite   the branch is folded for a decision the host has taken
 ===================  ========  =====================================================================
 
-The first four make the intermediate representation, the cond form; lowerings start from it. Passes know nothing of
+All but the last make the intermediate representation, the cond form; lowerings start from it. Passes know nothing of
 the runtime: they take a graph and plain options.
 """
 
 from __future__ import annotations
 
 from .choose_region import LiveOut, Refusal, Region, choose_region
+from .control_inputs import control_inputs
 from .find_blocks import Block, BlockChains, BlockList, find_blocks
 from .insert_cache_branch import BranchOptions, CacheInputs, ResidualBuffer, insert_cache_branch
 from .outline_region import outline_region
 from .specialize_branch import specialize_branch
 
-PASSES = (find_blocks, choose_region, outline_region, insert_cache_branch, specialize_branch)
+PASSES = (find_blocks, choose_region, control_inputs, outline_region, insert_cache_branch, specialize_branch)
 
 __all__ = [
     "PASSES",
@@ -36,6 +38,7 @@ __all__ = [
     "Region",
     "ResidualBuffer",
     "choose_region",
+    "control_inputs",
     "find_blocks",
     "insert_cache_branch",
     "outline_region",

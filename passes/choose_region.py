@@ -288,7 +288,9 @@ def _base_of(
     ):
         free = [node for node in wanted if node not in taken] or wanted
         if free:
-            return free[-1], free[-1] in adds
+            # behind a front block the newest of its results; else what the first block takes, not what steers a later one
+            base = free[-1] if made_before else free[0]
+            return base, base in adds
     return None, False
 
 

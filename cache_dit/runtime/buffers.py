@@ -49,6 +49,7 @@ class ResidualStore:
     change: torch.Tensor | None = None
     front_known: bool = False
     errors: dict[str, float] = field(default_factory=dict)
+    controls: ControlMark | None = None
 
     @property
     def bytes(self) -> int:
@@ -79,6 +80,7 @@ class ResidualStore:
         self.change = None
         self.front_known = False
         self.errors.clear()
+        self.controls = None
 
     def drop_newest(self, measured: torch.Tensor) -> None:
         """The newest residual turned out not to be finite: take it out of the forecasts. ``measured`` holds without it."""
@@ -103,6 +105,36 @@ class WeightMark:
         if len(self.references) != len(weights) or not all(map(is_, [r() for r in self.references], weights)):
             return False
         return self.versions is None or self.versions == write_counters(weights)
+
+
+class ControlMark:
+    """What entered the cached blocks from outside when they were computed last."""
+
+    __slots__ = ("tensors", "versions")
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors, self.versions = tensors, write_counters(tensors)
+
+    def same_as(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, not written to since: known without reading them."""
+        return all(map(is_, self.tensors, tensors)) and self.versions == write_counters(tensors)
+
+    def moved(self, tensors: Sequence[torch.Tensor]) -> float:
+        """How far they moved: the largest mean absolute change relative to the mean size. Waits for the device.
+
+        Infinite where a tensor was written to, so that what it held is lost.
+        """
+        if self.versions != write_counters(self.tensors):
+            return float("inf")
+        moves = [_move(before, now) for before, now in zip(self.tensors, tensors, strict=True) if before is not now]
+        return float(torch.stack(moves).max()) if moves else 0.0
+
+
+def _move(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    size = before.abs().mean(dtype=torch.float32)
+    change = (now - before).abs().mean(dtype=torch.float32)
+    # nothing that stays nothing has not moved
+    return torch.where(change > 0, change / size, torch.zeros_like(change))
 
 
 def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: tuple[int, ...], weights: Sequence[torch.Tensor]) -> ResidualStore:

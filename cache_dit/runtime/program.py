@@ -81,6 +81,10 @@ class Cacheable(Protocol):
         """Which Python frame it comes from."""
 
     @property
+    def controls(self) -> tuple[int, ...]:
+        """Places of the arguments that enter the region past the blocks that always compute."""
+
+    @property
     def dynamic_sizes(self) -> Callable[[Sequence[Any]], tuple[int, ...]]:
         """Reads from the arguments the sizes that may differ from call to call."""
 
@@ -118,6 +122,7 @@ class CachedGraph:
     __slots__ = (
         "_find_session",
         "_plain",
+        "controls",
         "dynamic_sizes",
         "frame",
         "inputs",
@@ -139,10 +144,11 @@ class CachedGraph:
         original: fx.GraphModule,
         report: GraphReport,
         frame: object,
+        controls: tuple[int, ...] = (),
     ) -> None:
         placeholders = [node for node in original.graph.nodes if node.op == "placeholder"]
         self._find_session, self.programs, self._plain = find_session, programs, plain
-        self.inputs, self.report, self.frame = inputs, report, frame
+        self.inputs, self.report, self.frame, self.controls = inputs, report, frame, controls
         self.outputs = len(next(iter(reversed(original.graph.nodes))).args[0])
         self.time_index = find_time(placeholders)
         self.weight_index, self.watched = _watched_weights(placeholders)

@@ -22,7 +22,7 @@ from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
 from ..torch_internals import outside_inference_mode
-from .buffers import Measurement, ResidualStore, allocate
+from .buffers import ControlMark, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .program import Cacheable, UncachedGraph
 from .timing import CallTimer
@@ -136,6 +136,7 @@ class Session:
         self._decisions: dict[int, tuple[Decision, int]] = {}
         self._decided_run = 0
         self._noise_seed = 0
+        self._looked_at_controls = False
         self._controls: dict[tuple[object, ...], torch.Tensor] = {}
         self._compiles_seen = 0
         # set where the same way of tracing has to begin anew
@@ -276,6 +277,8 @@ class Session:
             forward.reason = why_empty if why_empty != "unused" else "nothing_stored"
             self.counters.refuse(forward.reason)
             skip = False
+        if graph.controls:
+            skip = self._heeds_controls(forward, store, [args[i] for i in graph.controls], skip)
         point = Point(forward.tick.step, forward.time)
         flat = (*args, *self._cache_operands(graph, store, point, forward.tick, skip), *store.operands())
         outputs = (graph.programs.reuse if skip else graph.programs.compute)(flat)
@@ -289,6 +292,35 @@ class Session:
             store.front_known = True
         store.last_step = forward.tick.step
         return outputs[: graph.outputs]
+
+    def _heeds_controls(
+        self, forward: Forward, store: ResidualStore, tensors: Sequence[torch.Tensor], skip: bool
+    ) -> bool:
+        """What is left of the wish to skip, once it is known whether what enters the blocks from outside has moved.
+
+        Where the user did not ask for that, the first skipped step looks once, to say that such changes are not heard.
+        """
+        refresh = self.options.control_refresh
+        if refresh is None and self._looked_at_controls:
+            return skip
+        if not skip:
+            store.controls = ControlMark(tensors)
+            return False
+        if store.controls is None or store.controls.same_as(tensors):
+            return True
+        moved = store.controls.moved(tensors)
+        if refresh is None:
+            self._looked_at_controls = True
+            store.controls = None
+            if 0.0 < moved < float("inf"):
+                self.said.warn("control_ignored", moved=100.0 * moved)
+            return True
+        if moved <= refresh:
+            return True
+        forward.reason = "control_moved"
+        self.counters.refuse("control_moved")
+        store.controls = ControlMark(tensors)
+        return False
 
     def _enter(self, graph: Cacheable) -> Forward:
         forward = self._forward

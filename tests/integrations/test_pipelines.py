@@ -234,7 +234,9 @@ def test_a_control_network_is_not_cached_and_is_heard(flux: Any) -> None:
     assert cached_parts(pipeline) == ["transformer"]
     calls = []
     pipeline.controlnet.register_forward_hook(lambda *_: calls.append(1))
-    made = [without_warnings(family, pipeline) for _ in range(2)]
+    with pytest.warns(CacheDitWarning, match=r"from outside .* moved by \d+\.\d %"):
+        made = [family.sample(pipeline)]
+    made.append(without_warnings(family, pipeline))
     assert torch.equal(*made)
     assert torch.isfinite(made[0]).all()
     assert not torch.allclose(made[0], plain, rtol=1e-4, atol=1e-4)
@@ -245,6 +247,11 @@ def test_a_control_network_is_not_cached_and_is_heard(flux: Any) -> None:
     cache_dit.enable_cache(pipeline, schedule="1" * 8, **EXACT)
     torch.testing.assert_close(family.sample(pipeline), plain, rtol=1e-6, atol=1e-6)
     assert cache_dit.get_stats(pipeline).hits == 0
+    cache_dit.disable_cache(pipeline)
+    cache_dit.enable_cache(pipeline, control_refresh=1e-6, **EXACT)
+    torch.testing.assert_close(without_warnings(family, pipeline), plain, rtol=1e-6, atol=1e-6)
+    stats = cache_dit.get_stats(pipeline)
+    assert (stats.hits, stats.refused) == (0, {"control_moved": 6})
 
 
 def test_a_sampler_that_evaluates_twice_makes_two_steps(fresh_dynamo: None) -> None:
