@@ -24,6 +24,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("comfy_version", VERSIONS, scope="session")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side, each version has a worker of its own, and so one server."""
+    for item in items:
+        version = getattr(item, "callspec", None) and item.callspec.params.get("comfy_version")  # type: ignore[attr-defined]
+        if version:
+            item.add_marker(pytest.mark.xdist_group(version))
+
+
 @pytest.fixture(scope="session")
 def comfy_version(request: pytest.FixtureRequest) -> str:
     return str(request.param)

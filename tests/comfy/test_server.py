@@ -84,7 +84,8 @@ def test_the_nodes_are_offered_as_specified(server: Server) -> None:
     for node in nodes.values():
         for inputs in (node["input"].get("required", {}), node["input"].get("optional", {})):
             assert all(options[1]["tooltip"] and options[1]["display_name"] for options in inputs.values())
-    assert [name for name in IDS if nodes[name]["output_node"]] == ["CacheDitStats", "CacheDitDetailedStats", "CacheDitTimeline"]
+    shows = [name for name in IDS if nodes[name]["output_node"]]
+    assert shows == ["CacheDitStats", "CacheDitDetailedStats", "CacheDitTimeline"]
 
 
 def test_import_is_quick_and_says_little(server: Server) -> None:
@@ -361,14 +362,19 @@ def test_other_ways_to_sample(server: Server, case: str) -> None:
     assert shown["difference"]["difference"] <= 1e-4 * shown["difference"]["size"]
 
 
-def test_adaptive_places_the_steps_it_is_asked_for(server: Server) -> None:
+@pytest.mark.parametrize(("sampler", "evaluations"), (("euler", 12), ("heun", 23)))
+def test_strategies_know_the_length_of_the_run(server: Server, sampler: str, evaluations: int) -> None:
     flow = workflow()
-    cached = flow.sample(
-        configured(flow, flow.model(), strategy="adaptive", warmup_steps=1, target_speedup=2.0, tolerance=10.0, forecast="auto"),
-        steps=12,
-    )
+    options = {"strategy": "adaptive", "warmup_steps": 1, "target_speedup": 2.0, "end_percent": 0.5}
+    cached = flow.sample(configured(flow, flow.model(), **options), steps=12, sampler=sampler)
     flow.add("CacheDitStats", "stats", trigger=cached)
-    assert hits(server.run(flow.nodes)["stats"]) == 6
+    flow.facts(cached)
+    shown = server.run(flow.nodes)
+    assert shown["facts"]["num_steps"] == evaluations
+    # where each evaluation has a noise level of its own, the strategy gets the list
+    assert (shown["facts"]["sigmas"] is not None) == (evaluations == 12)
+    assert 0 < hits(shown["stats"]) <= evaluations // 2
+    assert not any("number of steps" in each for each in shown["facts"]["said"])
 
 
 def test_the_same_run_gives_the_same_picture_with_noise(server: Server) -> None:

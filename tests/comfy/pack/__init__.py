@@ -180,7 +180,7 @@ class TestForeignWrapper(TestNode):
 class TestEagerCache(TestNode):
     """Caching written by hand: the blocks behind the first add what they added when they last computed.
 
-    Knows nothing of the package. Works on the model it is given alone: give it a loader of its own.
+    Knows nothing of the package. The blocks are taken over for the time of a sampling.
     """
 
     RETURN_TYPES = ("MODEL",)
@@ -193,7 +193,11 @@ class TestEagerCache(TestNode):
         def outer(executor: Any, *args: Any, **kwargs: Any) -> Any:
             reference.evaluation = 0
             reference.stored.clear()
-            return executor(*args, **kwargs)
+            reference.install()
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                reference.remove()
 
         def predict(executor: Any, *args: Any, **kwargs: Any) -> Any:
             reference.evaluation += 1
@@ -218,10 +222,15 @@ class EagerCache:
         self.evaluation, self.key = 0, ()
         self.stored: dict[Any, Any] = {}
         self.entered: Any = None
-        blocks = [block for name in CHAINS[family] for block in getattr(module, name)]
-        for block in blocks[1:]:
-            place = "first" if block is blocks[1] else "last" if block is blocks[-1] else "inner"
-            self._take(block, place)
+        self.blocks = [block for name in CHAINS[family] for block in getattr(module, name)][1:]
+
+    def install(self) -> None:
+        for block in self.blocks:
+            self._take(block, "first" if block is self.blocks[0] else "last" if block is self.blocks[-1] else "inner")
+
+    def remove(self) -> None:
+        for block in self.blocks:
+            del block.forward
 
     def skips(self) -> bool:
         return self.schedule[self.evaluation - 1 : self.evaluation] == "0" and self.key in self.stored
@@ -318,7 +327,10 @@ class TestServer(TestNode):
     def go(self, after: Any) -> dict[str, Any]:
         counters = torch._dynamo.utils.counters
         import cache_dit
+        from cache_dit.integrations.comfyui import last_sampled
         from cache_dit.runtime.registry import all_sessions
+
+        clock = last_sampled().clock if last_sampled() is not None else None
 
         facts = {
             "graphs": counters["stats"]["unique_graphs"],
@@ -329,6 +341,8 @@ class TestServer(TestNode):
             "sessions": len(all_sessions()),
             "stats": {key: value for key, value in cache_dit.get_global_stats().items() if key != "model_details"},
             "resident": resident(),
+            "num_steps": clock and clock.num_steps,
+            "sigmas": clock and clock.sigmas,
         }
         SAID.clear()
         shown = json.dumps(facts)
