@@ -8,16 +8,9 @@ cached through their ``compile`` slot, for the time of the call. (ComfyUI 0.3.75
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import isclose
-from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -27,12 +20,13 @@ from ..errors import NoBlocksError
 from ..messages import SaidOnce, announce
 from ..options import CacheOptions
 from ..runtime.call import CachedCall
-from ..runtime.clock import ContextKey, StepClock, Tick
 from ..runtime.registry import model_name, register_holder
 from ..runtime.session import CallRecord, Session, context_names
 from ..statistics import CacheStats, Counters, format_speedup, stats_between
 from ..structure import may_have_blocks
 from ..texts import text
+from .comfyui_models import Mentions, reaches_wrappers, unreached
+from .comfyui_sampling import SamplerClock, Sampling
 from .timeline import Timeline
 
 KEY = "cache_dit"
@@ -268,7 +262,7 @@ class PatcherCache:
             # compiled by another pack, which would trace into what compiles it here
             self._said.warn("comfy_compiled_elsewhere")
             base.diffusion_model = module
-        inside = _wraps_itself(type(module))
+        inside = reaches_wrappers(type(module))
         run = self._run
         if run is not None:
             run.kind = type(module)
@@ -335,8 +329,8 @@ class PatcherCache:
             # the buffers are of no use to the next run, and the decoder wants the memory
             session.release()
             session.timer.collect()
-        if session.enabled and run.applied and not run.calls and run.kind is not None and _wraps_itself(run.kind):
-            _unreached.add(run.kind)
+        if session.enabled and run.applied and not run.calls and run.kind is not None and reaches_wrappers(run.kind):
+            unreached.add(run.kind)
             self._said.warn("comfy_not_reached", what=run.kind.__name__)
         line = self.run_line()
         announce(line)
@@ -444,293 +438,9 @@ class PatchedCall(CachedCall):
         return self._cache.sigma
 
 
-class SamplerClock(StepClock):
-    """Counts what the sampler says: which run, and which of its evaluations. Nothing is guessed from timesteps."""
-
-    def __init__(self) -> None:
-        super().__init__(manual=True)
-        self.evaluation = 0
-        self._seen: set[str] = set()
-
-    def begin(self, num_steps: int | None, sigmas: Sequence[float] | None) -> None:
-        """A sampling begins."""
-        self.run += 1
-        self.evaluation = 0
-        self._seen.clear()
-        self.announce(num_steps, sigmas)
-
-    def end_run(self) -> None:
-        """What is stored may not be used again; the sampler itself may go on."""
-        self._seen.clear()
-
-    def forget_context(self, name: ContextKey) -> None:
-        """The next call in this context finds nothing stored."""
-        self._seen.discard(str(name))
-
-    @property
-    def running(self) -> bool:
-        """Whether a call was counted since the run began."""
-        return bool(self._seen)
-
-    def tick(self, time: float | None, name: str | None = None) -> Tick:
-        """One call of the model."""
-        key = name or "model"
-        fresh = key not in self._seen
-        self._seen.add(key)
-        return Tick(self.run, key, max(1, self.evaluation), fresh, False)
-
-
-@dataclass(slots=True)
-class Pace:
-    """How a sampler evaluates: evaluations of a run of ``steps`` steps, and whether each is at a listed noise level."""
-
-    steps: int
-    evaluations: int
-    listed: bool
-
-    def evaluations_of(self, steps: int) -> int:
-        """Evaluations of a run of so many steps: a sampler with two a step makes one or none less in all."""
-        each = -(-self.evaluations // self.steps)
-        return each * steps - (each * self.steps - self.evaluations)
-
-
-_paces: dict[object, Pace] = {}
-
-
-class Sampling:
-    """One sampling under way: its noise levels, its evaluations, and the conditions that each of them has seen.
-
-    The noise level of an evaluation is read where that costs nothing. On other devices it is taken from the list once
-    the sampler has been seen to evaluate at listed levels alone, so that the host never waits for the device.
-    """
-
-    def __init__(self, sampler: Any, sigmas: Any) -> None:
-        self.sigmas = _levels(sigmas)
-        self.steps = len(self.sigmas) - 1 if self.sigmas is not None else None
-        self.evaluations = 0
-        # calls of the model, and those of them that reached the compiled function
-        self.applied = 0
-        self.calls = 0
-        self.sigma: float | None = None
-        self.kind: type | None = None
-        self._sampler = _sampler_key(sampler)
-        self._next = 0
-        self._since_callback = 0
-        self._unlisted = False
-        self._names: dict[object, str] = {}
-        self._seen: dict[object, int] = {}
-
-    def counting(self, callback: Any) -> Callable[..., Any]:
-        """The sampler's callback, which says how many of the steps are done."""
-
-        def counted(step: Any, *args: Any, **kwargs: Any) -> Any:
-            self._next = int(step) + 1
-            self._since_callback = 0
-            return callback(step, *args, **kwargs) if callback is not None else None
-
-        return counted
-
-    def evaluate(self, timestep: Any) -> None:
-        """The sampler evaluates the model."""
-        self.evaluations += 1
-        self._since_callback += 1
-        self._seen.clear()
-        self.sigma = self._sigma_of(timestep)
-
-    def listed_sigma(self) -> float | None:
-        """The noise level that the list has for the step under way."""
-        levels = self.sigmas
-        return levels[self._next] if levels is not None and self._next < len(levels) else None
-
-    def _sigma_of(self, timestep: Any) -> float | None:
-        listed, pace = self.listed_sigma(), _paces.get(self._sampler)
-        if not isinstance(timestep, torch.Tensor):
-            return listed
-        if listed is not None and pace is not None and pace.listed and timestep.device.type != "cpu":
-            return listed
-        sigma = float(timestep.max())
-        self._unlisted |= listed is None or not isclose(sigma, listed, rel_tol=1e-4, abs_tol=1e-6)
-        return sigma
-
-    def expected_evaluations(self) -> int | None:
-        """The evaluations of the whole run: as many as steps, unless the sampler is known to make, or makes, more."""
-        if self.steps is None:
-            return None
-        pace = _paces.get(self._sampler)
-        if pace is not None:
-            return max(self.evaluations, pace.evaluations_of(self.steps))
-        if self.evaluations > self._next + 1:
-            return max(self.evaluations, 2 * self.steps - (self.sigmas is not None and self.sigmas[-1] == 0.0))
-        return max(self.evaluations, self.steps)
-
-    def listed_sigmas(self) -> tuple[float, ...] | None:
-        """The noise levels of the evaluations, where there is one for each step."""
-        return self.sigmas if self.expected_evaluations() == self.steps else None
-
-    def learn(self) -> None:
-        """Remember the sampler's way, where the run went to its end."""
-        if self.steps and self._next >= self.steps and self.evaluations >= self.steps:
-            if len(_paces) >= _MAX_PACES:
-                _paces.clear()
-            _paces[self._sampler] = Pace(self.steps, self.evaluations, not self._unlisted)
-
-    def context(self, options: Mapping[str, Any]) -> str:
-        """The name of a call: what it is for, by the order in which the run first saw such calls.
-
-        Conditions are known by ComfyUI's ``uuids``; the same ones come again in a step where windows or several passes of
-        a guider ask for it, and are then told apart by the window, else by their order.
-        """
-        kinds = tuple(options.get("cond_or_uncond") or ())
-        window = getattr(options.get("context_window"), "index_list", None)
-        key = kinds, tuple(options.get("uuids") or ()), None if window is None else tuple(window)
-        turn = self._seen.get(key, 0)
-        self._seen[key] = turn + 1
-        name = self._names.get((key, turn))
-        if name is None:
-            what = "+".join(_KINDS.get(kind, str(kind)) for kind in kinds) or "model"
-            name = self._names[key, turn] = f"{what} {len(self._names) + 1}"
-        return name
-
-
-_KINDS = {0: "cond", 1: "uncond"}
-_MAX_PACES = 64
-
-
-def _levels(sigmas: Any) -> tuple[float, ...] | None:
-    if not isinstance(sigmas, torch.Tensor) or sigmas.dim() != 1 or len(sigmas) < 2:
-        return None
-    return tuple(sigmas.tolist())
-
-
-def _sampler_key(sampler: Any) -> object:
-    function = getattr(sampler, "sampler_function", None)
-    named = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
-    extra = getattr(sampler, "extra_options", None) or {}
-    return named, tuple(sorted((name, repr(value)) for name, value in extra.items()))
-
-
 def _options_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The ``transformer_options`` of a call, wherever they stand."""
     for value in (kwargs.get("transformer_options"), *args):
         if isinstance(value, dict) and "cond_or_uncond" in value:
             return value
     return {}
-
-
-# ---- what a model's code says of it ----------------------------------------------------------------------------
-
-_MAX_DEPTH = 4
-# Classes whose code names the wrappers, and whose calls did not reach them all the same.
-_unreached: set[type] = set()
-
-
-def _wraps_itself(kind: type) -> bool:
-    return kind not in _unreached and wraps_itself(kind)
-
-
-@functools.lru_cache(maxsize=256)
-def wraps_itself(kind: Any) -> bool:
-    """Whether calls of a model of this class go through ComfyUI's ``DIFFUSION_MODEL`` wrappers, by what its code names."""
-    return _names(kind, "forward", "DIFFUSION_MODEL", _MAX_DEPTH)
-
-
-def _names(kind: type, method: str, wanted: str, depth: int) -> bool:
-    """Whether a method, or one that it names, names ``wanted``."""
-    for owner in kind.__mro__:
-        function = owner.__dict__.get(method)
-        if not isinstance(function, FunctionType) or not owner.__module__ or owner is torch.nn.Module:
-            continue
-        names = _all_names(function.__code__)
-        if wanted in names:
-            return True
-        return depth > 0 and any(
-            name != method and isinstance(getattr(kind, name, None), FunctionType) and _names(kind, name, wanted, depth - 1)
-            for name in names
-        )
-    return False
-
-
-def _all_names(code: CodeType) -> set[str]:
-    inner = [each for each in code.co_consts if isinstance(each, CodeType)]
-    return {*code.co_names, *(name for each in inner for name in _all_names(each))}
-
-
-class Mentions:
-    """Which of ComfyUI's ``transformer_options`` a model may read: those whose names its source files hold as text.
-
-    All others are kept from the compiled function, which would be traced again whenever one of them changes: another
-    number of steps, another pack's entry, new ids at each prompt.
-    """
-
-    _known: dict[type, Mentions] = {}  # noqa: RUF012
-    # never read by a model, and new at each prompt
-    _NEVER = frozenset({"wrappers", "callbacks", "uuids"})
-    # with one of these a function of another pack runs inside the model and may read whatever it likes
-    _FOREIGN = ("patches", "patches_replace", "optimized_attention_override")
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._source = _source_around(module)
-        self._keys: dict[str, bool] = {}
-
-    @classmethod
-    def of(cls, module: torch.nn.Module) -> Mentions:
-        """The one for all models of a class."""
-        kind = type(module)
-        if kind not in cls._known:
-            cls._known[kind] = cls(module)
-        return cls._known[kind]
-
-    def trimmed(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that the model may read."""
-        if any(options.get(name) for name in self._FOREIGN):
-            return {name: value for name, value in options.items() if name not in self._NEVER}
-        return {name: value for name, value in options.items() if name not in self._NEVER and self._reads(name)}
-
-    def _reads(self, name: str) -> bool:
-        known = self._keys.get(name)
-        if known is None:
-            found = re.search(rf"""['"]{re.escape(str(name))}['"]""", self._source) is not None
-            known = self._keys[name] = found
-        return known
-
-
-def _source_around(module: torch.nn.Module) -> str:
-    """The source of the modules that define the model's parts, and of those of the same package that they use."""
-    found: dict[str, str] = {}
-    waiting = [type(part).__module__ for part in module.modules()]
-    while waiting:
-        name = waiting.pop()
-        if name in found or name.partition(".")[0] in _FOREIGN_PACKAGES:
-            continue
-        python_module = sys.modules.get(name)
-        if python_module is None:
-            continue
-        found[name] = _source_of(python_module)
-        waiting.extend(used for used in map(_module_name, vars(python_module).values()) if used and _is_near(name, used))
-    return "\n".join(found.values())
-
-
-_FOREIGN_PACKAGES = frozenset({"torch", "einops", "numpy", "builtins", "typing", "math", "logging"})
-# The parts of ComfyUI that models are made of; the rest of it names the options only to fill them in.
-_MODEL_PARTS = ("comfy.ldm", "comfy.ops")
-
-
-def _is_near(user: str, used: str) -> bool:
-    if user.startswith("comfy."):
-        return used.startswith(_MODEL_PARTS)
-    return used.partition(".")[0] == user.partition(".")[0] or used.startswith(_MODEL_PARTS)
-
-
-def _module_name(value: object) -> str | None:
-    if isinstance(value, ModuleType):
-        return value.__name__
-    return value.__module__ if isinstance(value, (type, FunctionType)) else None
-
-
-def _source_of(module: ModuleType) -> str:
-    try:
-        return inspect.getsource(module)
-    except (OSError, TypeError):
-        file = getattr(module, "__file__", None)
-        return Path(file).read_text(errors="replace") if file and file.endswith(".py") else ""
-

@@ -45,7 +45,8 @@ def test_categories_and_labels_are_the_documents() -> None:
         "noise_scale": "噪声缩放",
         "enable_debug": "调试模式",
     }
-    assert [node.outputs[0].label[0] for node in NODES] == ["加速模型", "统计信息", "配置模型", "控制模型", "详细统计", "时间线"]
+    outputs = [node.outputs[0].label[0] for node in NODES]
+    assert outputs == ["加速模型", "统计信息", "配置模型", "控制模型", "详细统计", "时间线"]
 
 
 def test_further_inputs_are_options_of_the_api_with_its_defaults() -> None:

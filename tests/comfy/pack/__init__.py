@@ -353,6 +353,47 @@ class TestServer(TestNode):
         return True
 
 
+class TestUnet(TestNode):
+    """Stands where an example workflow loads a model."""
+
+    RETURN_TYPES = ("MODEL",)
+    INPUTS = {"unet_name": ("STRING", {}), "weight_dtype": ("STRING", {})}  # noqa: RUF012
+
+    def go(self, unet_name: str, weight_dtype: str) -> tuple[Any]:
+        return (build("flux", 1),)
+
+
+class TestClip(TestNode):
+    """Stands where an example workflow loads text encoders: a text is noise with a seed of its own."""
+
+    RETURN_TYPES = ("CLIP",)
+    INPUTS = {name: ("STRING", {}) for name in ("clip_name1", "clip_name2", "type", "device")}  # noqa: RUF012
+
+    def go(self, **inputs: str) -> tuple[Any]:
+        return (self,)
+
+    def tokenize(self, text: str) -> int:
+        return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+
+    def encode_from_tokens_scheduled(self, tokens: int) -> list[Any]:
+        conditioning: list[Any] = TestConditioning().go("flux", 16, tokens)[0]
+        return conditioning
+
+
+class TestVae(TestNode):
+    """Stands where an example workflow loads a VAE: three channels of the latent are the colours."""
+
+    RETURN_TYPES = ("VAE",)
+    INPUTS = {"vae_name": ("STRING", {})}  # noqa: RUF012
+
+    def go(self, vae_name: str) -> tuple[Any]:
+        return (self,)
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        colours = samples[:, :3].sigmoid()
+        return torch.nn.functional.interpolate(colours, scale_factor=8).movedim(1, -1).contiguous()
+
+
 def resident() -> int:
     """Bytes of memory that the process holds."""
     import psutil
@@ -377,5 +418,8 @@ NODE_CLASS_MAPPINGS = {
         TestDigest,
         TestDifference,
         TestServer,
+        TestUnet,
+        TestClip,
+        TestVae,
     )
 }
