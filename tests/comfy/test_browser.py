@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.comfy
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+FASTEST = ROOT / "example_workflows/cache_dit_fastest_path.json"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # What loads files that a test does not have, and what the tests' pack has in its place.
 STAND_INS = {"UNETLoader": "TestUnet", "DualCLIPLoader": "TestClip", "VAELoader": "TestVae"}
@@ -31,6 +32,8 @@ ENDED = "() => window.seen.some(each => each[0] == 'execution_success' || each[0
 NODES = """() => window.app.graph._nodes.map(node => ({type: node.type, title: node.title,
     inputs: (node.inputs || []).map(each => each.localized_name || each.label || each.name),
     widgets: (node.widgets || []).map(each => [each.name, each.label || each.name, String(each.value)])}))"""
+SELECT = """() => { const node = window.app.graph._nodes.find(each => each.type == 'CacheDitAccelerate');
+    window.app.canvas.selectNode(node); window.app.canvas.centerOnNode(node); }"""
 FIT = """() => { const canvas = window.app.canvas; const nodes = window.app.graph._nodes;
     const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1])) - 40;
     const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])), low = Math.max(...nodes.map(n => n.pos[1] + n.size[1]));
@@ -114,7 +117,8 @@ def check(name: str, nodes: list[dict[str, Any]], language: str) -> None:
         node["type"]: "\n".join(value for kind, _, value in node["widgets"] if kind.startswith("$$")) for node in nodes
     }
     if name.endswith("fastest_path"):
-        assert by_type["CacheDitAccelerate"]["title"] == ("CacheDit 模型加速" if language == "zh" else "CacheDit Model Acceleration")
+        title = "CacheDit 模型加速" if language == "zh" else "CacheDit Model Acceleration"
+        assert by_type["CacheDitAccelerate"]["title"] == title
         # the server's texts are in the server's language
         assert "skipped 3 of 8 steps" in texts["CacheDitAccelerate"], texts
     elif name.endswith("with_statistics"):
@@ -129,9 +133,8 @@ def check(name: str, nodes: list[dict[str, Any]], language: str) -> None:
 def test_help_pages_are_shown(server: Server, browser: Any, screenshots: Path, comfy_version: str) -> None:
     page = opened(browser, server, "zh")
     try:
-        page.evaluate("async workflow => { await window.app.loadGraphData(workflow) }", runnable(EXAMPLES[-1]))
-        page.evaluate("""() => { const node = window.app.graph._nodes.find(each => each.type == 'CacheDitConfig'
-            || each.type == 'CacheDitAccelerate'); window.app.canvas.selectNode(node); window.app.canvas.centerOnNode(node); }""")
+        page.evaluate("async workflow => { await window.app.loadGraphData(workflow) }", runnable(FASTEST))
+        page.evaluate(SELECT)
         page.wait_for_selector("[data-testid='info-button']", timeout=60000)
         page.locator("[data-testid='info-button']").first.click()
         page.wait_for_function("() => document.body.innerText.includes('传入的模型不会被更改')", timeout=60000)
