@@ -266,6 +266,7 @@ class PatcherCache:
         run = self._run
         if run is not None:
             run.kind = type(module)
+            run.freeze(module)
         before = vars(module).get(_SLOT, _ABSENT)
         if not inside:
             setattr(module, _SLOT, self._call(module, module._call_impl))
@@ -326,6 +327,7 @@ class PatcherCache:
         with session.lock:
             self._run = None
             run.learn()
+            run.thaw()
             # the buffers are of no use to the next run, and the decoder wants the memory
             session.release()
             session.timer.collect()

@@ -87,6 +87,7 @@ class Sampling:
         self._unlisted = False
         self._names: dict[object, str] = {}
         self._seen: dict[object, int] = {}
+        self._frozen: dict[int, list[torch.Tensor]] = {}
 
     def counting(self, callback: Any) -> Callable[..., Any]:
         """The sampler's callback, which says how many of the steps are done."""
@@ -134,6 +135,21 @@ class Sampling:
     def listed_sigmas(self) -> tuple[float, ...] | None:
         """The noise levels of the evaluations, where there is one for each step."""
         return self.sigmas if self.expected_evaluations() == self.steps else None
+
+    def freeze(self, module: torch.nn.Module) -> None:
+        """Let no weight ask for gradients while the run lasts: those that a LoRA has patched do not, and the tracer tells
+        the two kinds apart, so that each LoRA would be traced once more."""
+        if id(module) not in self._frozen:
+            asking = self._frozen[id(module)] = [weight for weight in module.parameters() if weight.requires_grad]
+            for weight in asking:
+                weight.requires_grad_(False)
+
+    def thaw(self) -> None:
+        """The weights are as they were."""
+        for weights in self._frozen.values():
+            for weight in weights:
+                weight.requires_grad_(True)
+        self._frozen.clear()
 
     def learn(self) -> None:
         """Remember the sampler's way, where the run went to its end."""
