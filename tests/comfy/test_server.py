@@ -386,6 +386,26 @@ def test_the_same_run_gives_the_same_picture_with_noise(server: Server) -> None:
     assert shown["a"]["sha"] == shown["b"]["sha"]
 
 
+def test_a_trained_model_draws_the_same_picture(server: Server) -> None:
+    """The demo's digits: cached, each is within a few grey levels of what it is without."""
+    flow = workflow()
+    positive, latent = flow.add("TestDigitsLabels", labels="0 1 2 3 4 5 6 7 8 9"), flow.add("TestDigitsLatent", batch=10)
+    negative = flow.add("TestDigitsLabels", labels="10 10 10 10 10 10 10 10 10 10")
+    common = {"positive": positive, "negative": negative, "latent_image": latent, "steps": 28, "cfg": 2.0}
+    loader = flow.add("TestDigitsModel")
+    plain = flow.sample(loader, **common)
+    cached = flow.sample(flow.add("CacheDitAccelerate", model=loader), **common)
+    flow.add("CacheDitStats", "stats", trigger=cached)
+    flow.add("TestPsnr", "psnr", a=cached, b=plain, range=2.0)
+    rows = [flow.add("TestDigitsImage", samples=samples) for samples in (plain, cached)]
+    stitch = {"direction": "down", "match_image_size": True, "spacing_width": 8, "spacing_color": "white"}
+    flow.add("SaveImage", images=flow.add("ImageStitch", image1=rows[0], image2=rows[1], **stitch), filename_prefix="digits")
+    shown = server.run(flow.nodes)
+    assert hits(shown["stats"]) == 13
+    assert shown["psnr"]["psnr"] > 30.0
+    assert list((server.home / "output").glob("digits*.png"))
+
+
 # ---- on and off
 
 

@@ -14,6 +14,8 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 
+from .digits import NODES as DIGITS
+
 SAID: list[str] = []
 
 # Of each family: its class among ComfyUI's supported models, its configuration, features of the text, of the pooled text.
@@ -313,6 +315,19 @@ class TestDifference(TestNode):
         return {"ui": {"text": [shown]}, "result": (shown,)}
 
 
+class TestPsnr(TestNode):
+    """Mean over a batch of the peak signal-to-noise ratio, for values of that range."""
+
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_NODE = True
+    INPUTS = {"a": ("LATENT",), "b": ("LATENT",), "range": ("FLOAT", {"default": 2.0})}  # noqa: RUF012
+
+    def go(self, a: dict[str, Any], b: dict[str, Any], range: float) -> dict[str, Any]:
+        error = (a["samples"].double() - b["samples"].double()).square().flatten(1).mean(1)
+        shown = json.dumps({"psnr": float((10 * torch.log10(range**2 / error)).mean())})
+        return {"ui": {"text": [shown]}, "result": (shown,)}
+
+
 class TestServer(TestNode):
     """What the tests ask a server behind a sampling: graphs traced so far, what was said, what is held."""
 
@@ -407,7 +422,7 @@ def _hear(message: Any, category: Any, filename: str, line: int, file: Any = Non
 
 
 warnings.showwarning = _hear
-NODE_CLASS_MAPPINGS = {
+NODE_CLASS_MAPPINGS = DIGITS | {
     kind.__name__: kind
     for kind in (
         TestModel,
@@ -417,6 +432,7 @@ NODE_CLASS_MAPPINGS = {
         TestEagerCache,
         TestDigest,
         TestDifference,
+        TestPsnr,
         TestServer,
         TestUnet,
         TestClip,
