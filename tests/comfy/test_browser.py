@@ -37,7 +37,7 @@ SELECT = """() => { const node = window.app.graph._nodes.find(each => each.type 
 FIT = """() => { const canvas = window.app.canvas; const nodes = window.app.graph._nodes;
     const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1])) - 40;
     const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])), low = Math.max(...nodes.map(n => n.pos[1] + n.size[1]));
-    const scale = Math.min(1500 / (right - left), 820 / (low - top), 1.0);
+    const scale = Math.min(2200 / (right - left), 1240 / (low - top), 1.0);
     canvas.ds.scale = scale; canvas.ds.offset = [60 / scale - left, 90 / scale - top]; canvas.setDirty(true, true); }"""
 
 
@@ -68,9 +68,10 @@ def opened(browser: Any, server: Server, language: str) -> Any:
         ("Comfy.TutorialCompleted", True),
         ("Comfy.Workflow.ShowMissingModelsWarning", False),
         ("Comfy.Locale", language),
+        ("Comfy.Minimap.Visible", False),
     ):
         server.post(f"/settings/{name}", value)
-    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page = browser.new_page(viewport={"width": 2400, "height": 1450})
     page.goto(f"http://127.0.0.1:{server.port}/", wait_until="domcontentloaded", timeout=240000)
     page.wait_for_function(READY, timeout=240000)
     return page
@@ -86,6 +87,7 @@ def runnable(path: Path) -> dict[str, Any]:
         if node["type"] == "CacheDitConfig":
             # models of random weights are not smooth: adaptive would compute every step of theirs
             node["widgets_values"][:3] = ["fixed", 2, 3]
+            node["widgets_values"][6] = 0.0
         if node["type"] == "EmptySD3LatentImage":
             node["widgets_values"][:2] = [256, 256]
     return workflow

@@ -119,6 +119,22 @@ class TestModel(TestNode):
         return (build(family, seed),)
 
 
+class TestFlux(TestNode):
+    """A Flux of the depth and width given."""
+
+    RETURN_TYPES = ("MODEL",)
+    INPUTS = {  # noqa: RUF012
+        "depth": ("INT", {"default": 2}),
+        "depth_single": ("INT", {"default": 2}),
+        "width": ("INT", {"default": 128}),
+        "copy": ("INT", {"default": 0, "max": 2**31}),
+    }
+
+    def go(self, depth: int, depth_single: int, width: int, copy: int) -> tuple[Any]:
+        changes = {"depth": depth, "depth_single_blocks": depth_single, "hidden_size": width, "num_heads": width // 64}
+        return (build("flux", 1, **changes),)
+
+
 class TestConditioning(TestNode):
     """A prompt."""
 
@@ -426,6 +442,7 @@ NODE_CLASS_MAPPINGS = DIGITS | {
     kind.__name__: kind
     for kind in (
         TestModel,
+        TestFlux,
         TestConditioning,
         TestLora,
         TestForeignWrapper,
