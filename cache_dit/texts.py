@@ -124,7 +124,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "from one to the next, so skipping shows; to skip all the same set warmup_steps=1",
     ),
     "context_recompiles": (
-        "上下文 {context} 每次调用都会重新编译（其中有对象每步都被重新创建），之后不再编译它，也不为它使用缓存；其他上下文照常缓存",
+        "上下文 {context} 每次调用都会重新编译（其中有对象每步都被重新创建），之后不再编译它，也不为它使用缓存；"
+        "其他上下文照常缓存",
         "the context {context} compiles at every call, since something in it is made anew each time: from now on it runs "
         "uncompiled and uncached; the other contexts are cached as before",
     ),

@@ -82,7 +82,7 @@ class CachedCall:
             session.call_time = self._time
             session.begin()
             try:
-                result = (self._module._call_impl if session.runs_eager else compiled)(*args, **kwargs)
+                result = (self._function if session.runs_eager else compiled)(*args, **kwargs)
             except BaseException as error:
                 session.abort()
                 if not (session.capture is Capture.MORE and is_tracing_failure(error)):
