@@ -19,6 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACK = Path(__file__).resolve().parent / "pack"
 START_SECONDS = 120
+# the kind of a websocket message that holds the text of a node
+_TEXT = (3).to_bytes(4, "big")
 
 
 def free_port() -> int:
@@ -63,8 +65,8 @@ class Server:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
-            "PYTHONPATH": str(overlay) if overlay.is_dir() else "",
             **self.environment,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(overlay) * overlay.is_dir(), self.environment.get("PACKAGES")))),
         }
         command = [
             sys.executable, "main.py", "--cpu", "--use-pytorch-cross-attention", "--listen", "127.0.0.1",
@@ -130,6 +132,31 @@ class Server:
                 raise RuntimeError(f"the server died:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.05)
         raise TimeoutError(f"prompt {prompt_id} did not end:\n{self.log.read_text()[-2000:]}")
+
+    def hear(self, prompt: dict[str, Any]) -> list[tuple[str, str]]:
+        """Run a prompt; the texts that the websocket carried meanwhile, each with its node."""
+        import asyncio
+
+        import aiohttp
+
+        heard: list[tuple[str, str]] = []
+
+        async def listen() -> None:
+            address = f"http://127.0.0.1:{self.port}/ws?clientId={self.client}"
+            async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
+                prompt_id = await asyncio.to_thread(self.queue, prompt)
+                async for message in socket:
+                    if message.type is aiohttp.WSMsgType.BINARY and message.data[:4] == _TEXT:
+                        end = 8 + int.from_bytes(message.data[4:8], "big")
+                        heard.append((message.data[8:end].decode(), message.data[end:].decode()))
+                    elif message.type is aiohttp.WSMsgType.TEXT:
+                        event = message.json()
+                        ended = event["type"] in ("execution_success", "execution_error")
+                        if ended and event["data"].get("prompt_id") == prompt_id:
+                            return
+
+        asyncio.run(asyncio.wait_for(listen(), 300))
+        return heard
 
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Run a prompt to its end: the texts that its nodes showed, by node."""

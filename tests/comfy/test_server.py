@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -563,3 +564,35 @@ def test_one_line_a_sampling_on_the_console(server: Server) -> None:
     server.run(flow.nodes)
     new = server.log.read_text()[before:]
     assert len(re.findall(r"skipped 3 of 8 steps, measured speed-up [\d.]+x", new)) == 1, new
+
+
+def test_progress_is_shown_on_the_node(server: Server) -> None:
+    """What the browser hears while a picture is made: the steps on the node that applied the cache, then one line."""
+    flow = workflow(seed=13)
+    model = flow.add("CacheDitAccelerate", "ours", model=flow.model())
+    flow.digest(flow.sample(model, steps=40))
+    heard = server.hear(flow.nodes)
+    texts = [text for node, text in heard if node == "ours"]
+    assert texts[0] == "caching is on; waiting for a sampling"
+    assert any(re.fullmatch(r"step \d+ of 40, skipped \d+", text) for text in texts)
+    assert texts[-1].startswith("sampling done: skipped 18 of 40 steps")
+
+
+def test_the_old_dialect_beside_the_other_project(tree: Path, comfy_version: str, tmp_path: Path) -> None:
+    """Another package called cache_dit is installed: its import stays as it is, and the nodes work all the same."""
+    from server import running
+
+    other = tmp_path / "other/cache_dit"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("mine = 'the other project'\n")
+    with running(tree, tmp_path / "home", CACHE_DIT_LANG="en", CACHE_DIT_COMFY_NODES="v1", PACKAGES=str(other.parent)) as old:
+        flow = workflow("sd3")
+        samples = flow.sample(configured(flow, flow.model(), schedule="1110"), steps=4)
+        flow.add("CacheDitStats", "stats", trigger=samples)
+        flow.add("CacheDitTimeline", "timeline", trigger=samples)
+        flow.add("TestImport", "import", after=samples, name="cache_dit")
+        shown = old.run(flow.nodes)
+        assert hits(shown["stats"]) == 1
+        assert shown["timeline"]["images"]
+        assert shown["import"] == {"mine": "the other project"}
+        assert old.log.read_text().count("Another project provides the module cache_dit") == 1

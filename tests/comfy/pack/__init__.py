@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import warnings
@@ -384,6 +385,23 @@ class TestServer(TestNode):
         return True
 
 
+class TestImport(TestNode):
+    """What the public names of a module are."""
+
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_NODE = True
+    INPUTS = {"after": ("*",), "name": ("STRING", {})}  # noqa: RUF012
+
+    def go(self, after: Any, name: str) -> dict[str, Any]:
+        names = vars(importlib.import_module(name))
+        shown = json.dumps({key: value for key, value in names.items() if not key.startswith("_") and isinstance(value, str)})
+        return {"ui": {"text": [shown]}, "result": (shown,)}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types: dict[str, str]) -> bool:
+        return True
+
+
 class TestUnet(TestNode):
     """Stands where an example workflow loads a model."""
 
@@ -451,6 +469,7 @@ NODE_CLASS_MAPPINGS = DIGITS | {
         TestDifference,
         TestPsnr,
         TestServer,
+        TestImport,
         TestUnet,
         TestClip,
         TestVae,
