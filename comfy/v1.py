@@ -48,7 +48,7 @@ def node_class(node: Node) -> type:
 
 
 def _typed(each: Input) -> tuple[Any, dict[str, Any]]:
-    more = {**each.options(), "tooltip": each.tooltip[0]}
+    more = {**each.options(), "tooltip": each.tooltip[0], "display_name": each.label[0]}
     if each.advanced:
         more["advanced"] = True
     return (list(each.choices) if each.type == "COMBO" else each.type), more

@@ -54,11 +54,11 @@ def node_class(node: Node) -> type:
 
 
 def _input(each: Input) -> Any:
-    # no display name: it would stand before the translations in locales/
     kind = _TYPES[each.type].Input
     choices = {"options": list(each.choices)} if each.type == "COMBO" else {}
     return kind(
         each.id,
+        display_name=each.label[0],
         tooltip=each.tooltip[0],
         optional=each.optional,
         **choices,
