@@ -575,7 +575,7 @@ def test_progress_is_shown_on_the_node(server: Server) -> None:
     texts = [text for node, text in heard if node == "ours"]
     assert texts[0] == "caching is on; waiting for a sampling"
     assert any(re.fullmatch(r"step \d+ of 40, skipped \d+", text) for text in texts)
-    assert texts[-1].startswith("sampling done: skipped 18 of 40 steps")
+    assert texts[-1].startswith("sampling done: skipped 19 of 40 steps")
 
 
 def test_the_old_dialect_beside_the_other_project(tree: Path, comfy_version: str, tmp_path: Path) -> None:
@@ -590,7 +590,7 @@ def test_the_old_dialect_beside_the_other_project(tree: Path, comfy_version: str
         samples = flow.sample(configured(flow, flow.model(), schedule="1110"), steps=4)
         flow.add("CacheDitStats", "stats", trigger=samples)
         flow.add("CacheDitTimeline", "timeline", trigger=samples)
-        flow.add("TestImport", "import", after=samples, name="cache_dit")
+        flow.add("TestImport", "import", after=samples, module="cache_dit")
         shown = old.run(flow.nodes)
         assert hits(shown["stats"]) == 1
         assert shown["timeline"]["images"]

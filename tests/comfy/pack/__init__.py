@@ -390,10 +390,10 @@ class TestImport(TestNode):
 
     RETURN_TYPES = ("STRING",)
     OUTPUT_NODE = True
-    INPUTS = {"after": ("*",), "name": ("STRING", {})}  # noqa: RUF012
+    INPUTS = {"after": ("*",), "module": ("STRING", {})}  # noqa: RUF012
 
-    def go(self, after: Any, name: str) -> dict[str, Any]:
-        names = vars(importlib.import_module(name))
+    def go(self, after: Any, module: str) -> dict[str, Any]:
+        names = vars(importlib.import_module(module))
         shown = json.dumps({key: value for key, value in names.items() if not key.startswith("_") and isinstance(value, str)})
         return {"ui": {"text": [shown]}, "result": (shown,)}
 
