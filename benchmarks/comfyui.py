@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/comfy"))
 from server import Server, Workflow, running
 
 STEPS = 28
-DEPTHS = ((2, 2), (4, 8), (8, 16))
+DEPTHS = "2+2,4+8,8+16"
 Apply = Callable[[Workflow, list[Any]], list[Any]]
 CONFIG = {"strategy": "fixed", "skip_interval": 2, "warmup_steps": 3, "noise_scale": 0.001, "enable_debug": False}
 
@@ -101,17 +101,18 @@ def quality(server: Server, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def flux(apply: Apply, depth: tuple[int, int], width: int, seed: int) -> dict[str, Any]:
+def flux(apply: Apply, depth: str, width: int, seed: int) -> dict[str, Any]:
     flow = Workflow()
-    model = flow.add("TestFlux", depth=depth[0], depth_single=depth[1], width=width, copy=0)
+    double, single = map(int, depth.split("+"))
+    model = flow.add("TestFlux", depth=double, depth_single=single, width=width, copy=0)
     flow.digest(flow.sample(apply(flow, model), steps=20, cfg=1.0, seed=seed, latent_image=flow.latent(256)))
     return flow.nodes
 
 
-def wait(server: Server, repeats: int, width: int) -> list[dict[str, Any]]:
+def wait(server: Server, repeats: int, width: int, depths: str) -> list[dict[str, Any]]:
     """The first prompt's wait and the later ones' seconds for both compilers; after how many pictures inductor pays."""
     rows = []
-    for depth in DEPTHS:
+    for depth in depths.split(","):
         row: dict[str, Any] = {"depth": depth, "width": width}
         row["plain_s"] = min(timed(server, flux(plain, depth, width, i))[0] for i in range(2))
         for inner in ("eager", "inductor"):
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("quality", "wait", "both"), default="both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depths", default=DEPTHS, help="double and single blocks of each model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with (
@@ -143,7 +145,7 @@ def main() -> None:
         if options.part != "wait":
             rows["quality"] = quality(server, options.repeats)
         if options.part != "quality":
-            rows["wait"] = wait(server, options.repeats, options.width)
+            rows["wait"] = wait(server, options.repeats, options.width, options.depths)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=2) + "\n")
 
