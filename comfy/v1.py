@@ -8,6 +8,18 @@ from .definitions import Input, Node
 from .nodes import NODES
 
 
+class AnyType(str):
+    """The type ``*``, which differs from none: servers up to 0.3.75 at least compare the types of a link with ``!=``."""
+
+    __slots__ = ()
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+ANY = AnyType("*")
+
+
 def node_class(node: Node) -> type:
     """The class of one node."""
 
@@ -51,7 +63,8 @@ def _typed(each: Input) -> tuple[Any, dict[str, Any]]:
     more = {**each.options(), "tooltip": each.tooltip[0], "display_name": each.label[0]}
     if each.advanced:
         more["advanced"] = True
-    return (list(each.choices) if each.type == "COMBO" else each.type), more
+    kind: Any = list(each.choices) if each.type == "COMBO" else ANY if each.type == ANY else each.type
+    return kind, more
 
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {node.id: node_class(node) for node in NODES}

@@ -86,6 +86,9 @@ def test_the_old_dialect() -> None:
             assert math.isnan(node.IS_CHANGED(trigger=1))
     strategy = NODE_CLASS_MAPPINGS["CacheDitConfig"].INPUT_TYPES()["required"]["strategy"]  # type: ignore[attr-defined]
     assert strategy[0] == ["fixed", "dynamic", "adaptive"]
+    trigger = NODE_CLASS_MAPPINGS["CacheDitStats"].INPUT_TYPES()["required"]["trigger"][0]  # type: ignore[attr-defined]
+    differs = "LATENT" != trigger
+    assert not differs and json.dumps(trigger) == '"*"'
 
 
 def test_without_a_server_there_is_no_entry_point() -> None:
