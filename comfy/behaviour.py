@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..integrations.comfyui import PatcherCache
 
 logger = logging.getLogger(__name__)
-# The accelerate node's compiler: see docs/comfyui.md for the waits that were measured.
+# The compiler of the nodes: it needs no toolchain, and the first picture waits for the tracing alone.
 DEFAULT_INNER = "eager"
 # Which run of which cache each statistics node showed last.
 _shown: dict[str, tuple[int, int]] = {}

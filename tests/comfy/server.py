@@ -158,9 +158,9 @@ class Server:
         asyncio.run(asyncio.wait_for(listen(), 300))
         return heard
 
-    def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
+    def run(self, prompt: dict[str, Any], seconds: float = 300) -> dict[str, Any]:
         """Run a prompt to its end: the texts that its nodes showed, by node."""
-        history = self.wait(self.queue(prompt))
+        history = self.wait(self.queue(prompt), seconds)
         if history["status"]["status_str"] != "success":
             raise AssertionError(json.dumps(history["status"]["messages"])[-3000:])
         return {node: _text_of(shown) for node, shown in history["outputs"].items()}

@@ -87,7 +87,7 @@ def test_the_old_dialect() -> None:
     strategy = NODE_CLASS_MAPPINGS["CacheDitConfig"].INPUT_TYPES()["required"]["strategy"]  # type: ignore[attr-defined]
     assert strategy[0] == ["fixed", "dynamic", "adaptive"]
     trigger = NODE_CLASS_MAPPINGS["CacheDitStats"].INPUT_TYPES()["required"]["trigger"][0]  # type: ignore[attr-defined]
-    differs = "LATENT" != trigger
+    differs = trigger != "LATENT"
     assert not differs and json.dumps(trigger) == '"*"'
 
 
