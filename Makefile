@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TREE := build/typecheck
 
-.PHONY: help install demo test lint typecheck pytest coverage bench clean
+.PHONY: help install demo test lint typecheck pytest test-comfy coverage bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## the environment and the package, editable
 
@@ -46,7 +46,17 @@ typecheck: $(STAMP)  ## mypy --strict
 		--cache-dir ../../.mypy_cache -p cache_dit | sed -E 's#^cache_dit/(passes|comfy)/#\1/#'
 
 pytest: $(STAMP)  ## the tests, a file at a time on each of two cores; ARGS="-k name" picks some
-	$(BIN)/pytest --durations=10 --numprocesses=2 --dist=loadfile $(ARGS)
+	$(BIN)/pytest -m 'not comfy' --durations=10 --numprocesses=2 --dist=loadfile $(ARGS)
+
+# Outside of the checkout: 2 GB that every checkout can share.
+COMFY ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cache_dit/comfy
+
+test-comfy:  ## the nodes in two versions of ComfyUI and in a browser; ARGS="-k name" picks some
+	@$(PYTHON) tests/comfy/install.py $(COMFY); code=$$?; \
+	if [ $$code -eq 3 ]; then echo "make test-comfy: skipped, its packages cannot be installed here"; exit 0; fi; \
+	[ $$code -eq 0 ] || exit $$code; \
+	CACHE_DIT_COMFY_HOME=$(COMFY) $(COMFY)/env/bin/python -m pytest tests/comfy -m comfy --confcutdir=tests/comfy --durations=10 \
+		--numprocesses=2 --dist=loadgroup $(ARGS)
 
 coverage: $(STAMP)  ## every transformer class of diffusers; writes docs/coverage.md
 	$(BIN)/python benchmarks/coverage.py $(ARGS)

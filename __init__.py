@@ -71,7 +71,12 @@ def _our_package() -> str:
 
 if _loaded_by_comfyui():
     _nodes = importlib.import_module(f"{_our_package()}.comfy")
-    NODE_CLASS_MAPPINGS: dict[str, type] = _nodes.NODE_CLASS_MAPPINGS
-    NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = _nodes.NODE_DISPLAY_NAME_MAPPINGS
+    _entry_point = _nodes.entry_point()
+    # a server that finds the mappings does not look for the entry point
+    if _entry_point is not None:
+        comfy_entrypoint = _entry_point
+    else:
+        NODE_CLASS_MAPPINGS: dict[str, type] = _nodes.NODE_CLASS_MAPPINGS
+        NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = _nodes.NODE_DISPLAY_NAME_MAPPINGS
     if (_ROOT / "comfy" / "web").is_dir():
         WEB_DIRECTORY = "./comfy/web"

@@ -14,6 +14,7 @@ import torch
 from .backend import owned_backend
 from .errors import CacheDitError, NoBlocksError
 from .explanation import Explanation, explain_session
+from .integrations import comfyui
 from .integrations.targets import denoisers_of, follow_integration, leave_integration
 from .messages import warn
 from .options import CacheOptions, resolve_options, set_global_config
@@ -64,7 +65,8 @@ def enable_cache(
     steps and predicted at the others, as ``strategy`` says; in grad mode every call computes.
 
     Args:
-        model: an ``nn.Module``, or a diffusers pipeline (each of its denoisers is enabled).
+        model: an ``nn.Module``, a diffusers pipeline (each of its denoisers is enabled), or a ComfyUI ``ModelPatcher`` (its
+            own wrappers change, never the model that it shares).
         skip_interval: of this many steps one is skipped (int >= 1; default 2).
         warmup_steps: steps at the start of a run that always compute (int >= 0; default 3, adaptive: its own choice).
         strategy: ``'fixed'`` (default), ``'dynamic'`` or ``'adaptive'``.
@@ -103,6 +105,12 @@ def enable_cache(
     named = {name: value for name, value in locals().items() if name not in ("model", "unknown")}
     options = resolve_options({**named, **unknown})
     _check_inner(options)
+    if comfyui.is_patcher(model):
+        if any(session.enabled for session in comfyui.sessions_of_patcher(model)):
+            warn("already_enabled", options.language)
+        else:
+            comfyui.enable_patcher(model, options)
+        return model
     targets = denoisers_of(model, options.language)
     if any(_is_enabled(module) for module in targets):
         warn("already_enabled", options.language)
@@ -153,6 +161,10 @@ def disable_cache(model: Model) -> Model:
 
     A model without caching is left alone, with a warning.
     """
+    if comfyui.is_patcher(model):
+        if not comfyui.disable_patcher(model):
+            warn("nothing_to_disable")
+        return model
     modules = denoisers_of(model, None, required=False)
     sessions = [session for module in modules for session in _sessions_in_force(module)]
     if not sessions:
@@ -302,6 +314,8 @@ def cached(model: Model, **options: Any) -> Iterator[Model]:
 
 
 def _sessions(model: object) -> list[Session]:
+    if comfyui.is_patcher(model):
+        return comfyui.sessions_of_patcher(model)
     modules = denoisers_of(model, None, required=False)
     for module in modules:
         _warn_if_displaced(module)

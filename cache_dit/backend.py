@@ -236,6 +236,9 @@ def _plain(gm: fx.GraphModule, program: ProgramOptions) -> Callable[..., Any]:
 
 
 def _announce_start(report: GraphReport, language: str | None) -> None:
+    session = active_session.get()
+    if session is not None and session.observer is not None:
+        session.observer.compiling(report.recompile_reason)
     if report.recompile_reason is not None:
         announce(text("recompiling", language, what=report.recompile_reason))
     else:

@@ -48,10 +48,18 @@ class Blockwise:
 
     Args:
         paths: module paths of the chain's blocks, in order, front and back included.
+        function: what runs the model.
     """
 
-    def __init__(self, module: torch.nn.Module, session: Session, program: ProgramOptions, paths: Sequence[str]) -> None:
-        self._module, self.session, self.program = module, session, program
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        session: Session,
+        program: ProgramOptions,
+        paths: Sequence[str],
+        function: Callable[..., Any],
+    ) -> None:
+        self._function, self.session, self.program = function, session, program
         stop = len(paths) - program.back_blocks
         self.front, self.cached, self.back = (
             tuple(paths[: program.front_blocks]),
@@ -76,8 +84,7 @@ class Blockwise:
             block.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = self._module._call_impl
-        return call(*args, **kwargs)
+        return self._function(*args, **kwargs)
 
     def programs_for(self, streams: Streams, bases: Sequence[Tensor], made: Sequence[Tensor]) -> BlockPrograms:
         """The programs around a block with these streams: those of the first block like it."""

@@ -154,6 +154,21 @@ def stats_from(counters: Counters, *, name: str, strategy: str, enabled: bool, c
     )
 
 
+def stats_between(before: Counters, after: Counters, *, name: str, strategy: str, enabled: bool) -> CacheStats:
+    """Return what `after` counts more than `before`: the figures of one run. Bytes are not counted."""
+    since = Counters(timed=after.timed, forecast_error=after.forecast_error)
+    for each in fields(Counters):
+        new, old = getattr(after, each.name), getattr(before, each.name)
+        if each.name == "refused":
+            since.refused = {reason: count - old.get(reason, 0) for reason, count in new.items() if count > old.get(reason, 0)}
+        elif each.name not in ("timed", "forecast_error"):
+            # statistics that were reset in between count from there
+            setattr(since, each.name, new - old if new >= old else new)
+    if not since.forecast_errors:
+        since.forecast_error = None
+    return stats_from(since, name=name, strategy=strategy, enabled=enabled)
+
+
 def merge_stats(parts: Sequence[CacheStats], name: str) -> CacheStats:
     """Return the sum over `parts`, e.g. the denoisers of a pipeline, under the name `name`.
 
@@ -190,7 +205,7 @@ def merge_stats(parts: Sequence[CacheStats], name: str) -> CacheStats:
 
 def format_summary(stats: CacheStats, language: str | None = None) -> str:
     """Return the basic statistics as text, one figure a line."""
-    return text("summary", language, **_common_values(stats, "seconds", language), speedup=_speedup(stats, language))
+    return text("summary", language, **_common_values(stats, "seconds", language), speedup=format_speedup(stats, language))
 
 
 def format_details(models: Sequence[CacheStats], language: str | None = None, show_model_details: bool = True) -> str:
@@ -202,7 +217,7 @@ def format_details(models: Sequence[CacheStats], language: str | None = None, sh
         "details",
         language,
         **_common_values(total, "seconds", language),
-        speedup=_speedup(total, language),
+        speedup=format_speedup(total, language),
         active=sum(stats.enabled for stats in models),
     )
     if not show_model_details:
@@ -260,7 +275,8 @@ def _common_values(stats: CacheStats, seconds_key: str, language: str | None) ->
     }
 
 
-def _speedup(stats: CacheStats, language: str | None) -> str:
+def format_speedup(stats: CacheStats, language: str | None = None) -> str:
+    """Return the measured speed-up as text, or that there is none."""
     if stats.expected_speedup is None:
         return _missing(stats, language)
     return text("factor", language, factor=stats.expected_speedup)

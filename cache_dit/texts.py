@@ -210,10 +210,58 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "The inner compiler {inner} failed ({why}); the graph runs in eager mode, still cached\n"
         "Remedy: install a C++ compiler or Triton, or use inner='eager'",
     ),
-    "comfy_unbuilt": (
-        "ComfyUI 的 ModelPatcher 尚不支持，模型未做任何更改\n解决方案: 目前请在 diffusers 或纯 PyTorch 中使用",
-        "ComfyUI's ModelPatcher is not supported yet; the model is untouched\n"
-        "Remedy: for now, use it with diffusers or plain PyTorch",
+    # ComfyUI.
+    "comfy_run": (
+        "采样完成: 跳过 {skipped}/{steps} 步，实测加速 {speedup}",
+        "sampling done: skipped {skipped} of {steps} steps, measured speed-up {speedup}",
+    ),
+    "comfy_run_off": (
+        "采样完成: {steps} 步，缓存已关闭",
+        "sampling done: {steps} steps, the cache is off",
+    ),
+    "comfy_forward_replaced": (
+        "另一个节点包替换了 {what} 的前向函数，因此本次未使用缓存\n解决方案: 移除该节点，或将其放在 CacheDiT 节点之后",
+        "Another node pack has replaced the forward function of {what}, so nothing is cached\n"
+        "Remedy: remove that node, or place it behind the CacheDiT node",
+    ),
+    "comfy_compiled_elsewhere": (
+        "工作流中还有另一个 torch.compile 节点。CacheDiT 自己编译模型，因此本次采样不使用该节点的编译结果（不会重复编译）\n"
+        "解决方案: 移除该节点；内部编译器由 CacheDit 高级配置 的 inner 选择",
+        "Another node of this workflow compiles the model with torch.compile. CacheDiT compiles it itself, so that node's "
+        "compilation is left out of this sampling: nothing is compiled twice\n"
+        "Remedy: remove that node; inner of CacheDit Advanced Config chooses the compiler",
+    ),
+    "comfy_not_reached": (
+        "{what} 的前向函数没有经过 ComfyUI 的包装器，本次采样未使用缓存；从下一次采样起改用另一种方式",
+        "The calls of {what} did not go through ComfyUI's wrappers, so this sampling was not cached; "
+        "from the next one on they are reached in another way",
+    ),
+    "comfy_progress": ("第 {step}/{steps} 步，已跳过 {skipped}", "step {step} of {steps}, skipped {skipped}"),
+    "comfy_compiling": (
+        "正在编译，仅首次需要等待（{seconds:.0f} 秒）",
+        "compiling, first time only ({seconds:.0f} s)",
+    ),
+    "comfy_recompiling": (
+        "正在重新编译（{seconds:.0f} 秒），发生变化的是: {what}",
+        "compiling again ({seconds:.0f} s); what changed: {what}",
+    ),
+    "comfy_ready": ("已启用缓存，等待采样", "caching is on; waiting for a sampling"),
+    "comfy_switched_on": ("缓存已开启", "the cache is on"),
+    "comfy_switched_off": ("缓存已关闭，本分支照常计算", "the cache is off: this branch computes as usual"),
+    "comfy_kept_first": ("前一个节点的设置继续有效", "the settings of the node before it stay in force"),
+    "comfy_no_run": ("尚未采样", "no sampling yet"),
+    "comfy_sampler_cached": (
+        "（采样器的结果来自 ComfyUI 的缓存，数字是上一次采样的）",
+        "(the sampler's result came from ComfyUI's cache; the figures are those of the sampling before)",
+    ),
+    "comfy_reload_failed": (
+        "该模型无法在关闭动态显存的情况下重新载入，因此照常使用；如果编译失败，请用 --disable-dynamic-vram 启动 ComfyUI",
+        "This model cannot be loaded again without dynamic VRAM, so it is used as it is; if compiling fails, start ComfyUI "
+        "with --disable-dynamic-vram",
+    ),
+    "comfy_timeline": (
+        "步数 {steps}，跳过 {skipped}，实测加速 {speedup}",
+        "steps {steps}, skipped {skipped}, measured speed-up {speedup}",
     ),
     "target_speedup_unreachable": (
         "max_consecutive_hits 太小，达不到 target_speedup\n解决方案: 调大 max_consecutive_hits 或降低 target_speedup",

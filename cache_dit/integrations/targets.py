@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import CacheDitError, NoBlocksError
+from ..errors import NoBlocksError
 from ..texts import text
 from . import diffusers as diffusers_integration
 
@@ -19,23 +19,16 @@ def denoisers_of(model: object, language: str | None, *, required: bool = True) 
     """The modules to cache in ``model``.
 
     Raises:
-        CacheDitError: ``required`` and there is none.
+        NoBlocksError: ``required`` and there is none.
     """
     found: list[torch.nn.Module] = []
     if isinstance(model, torch.nn.Module):
         found = [unwrapped(model)]
     elif diffusers_integration.is_pipeline(model):
         found = [unwrapped(module) for module in diffusers_integration.denoisers(model)]
-    elif is_comfy_patcher(model) and required:
-        raise CacheDitError(text("comfy_unbuilt", language))
     if not found and required:
         raise NoBlocksError(text("no_transformer", language))
     return found
-
-
-def is_comfy_patcher(model: object) -> bool:
-    """Whether ``model`` is a ComfyUI ``ModelPatcher``: something that patches a model holding a ``diffusion_model``."""
-    return hasattr(getattr(model, "model", None), "diffusion_model") and hasattr(model, "clone")
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:

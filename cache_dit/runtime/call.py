@@ -25,9 +25,17 @@ _ABSENT: Any = object()
 class CachedCall:
     """Calls the compiled model with its session in force, and brackets the call for the clock and the statistics."""
 
-    def __init__(self, module: torch.nn.Module, session: Session, backend: OwnedBackend) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        session: Session,
+        backend: OwnedBackend,
+        function: Callable[..., Any] | None = None,
+    ) -> None:
         self.session = session
         self._module, self._backend = module, backend
+        # what is compiled: the module's call, hooks included, or the part of it that an integration names
+        self._function: Callable[..., Any] = module._call_impl if function is None else function
         session.main_list = main_list(module)
         self._chain = chain_of_blocks(module)
         program = backend.program
@@ -74,8 +82,7 @@ class CachedCall:
             session.call_time = self._time
             session.begin()
             try:
-                call: Callable[..., Any] = self._module._call_impl if session.runs_eager else compiled
-                result = call(*args, **kwargs)
+                result = (self._function if session.runs_eager else compiled)(*args, **kwargs)
             except BaseException as error:
                 session.abort()
                 if not (session.capture is Capture.MORE and is_tracing_failure(error)):
@@ -91,6 +98,7 @@ class CachedCall:
                 self._capture = session.capture
                 session.trace_again()
                 trace_again(self._module.forward)
+                trace_again(self._function)
                 self._compiled = self._compile()
                 return result if result is not None else self._bracketed(*args, **kwargs)
         return result
@@ -103,12 +111,12 @@ class CachedCall:
             # not before it is needed: it imports the backend's half of the package
             from ..blockwise import Blockwise
 
-            self._blockwise = Blockwise(self._module, self.session, backend.program, self._chain)
+            self._blockwise = Blockwise(self._module, self.session, backend.program, self._chain, self._function)
             self._blockwise.install()
             return self._blockwise
         if way is Capture.MORE:
             backend = owned_backend(backend.program, backend.mode, True)
-        compiled = allowing_recompiles(torch.compile(self._module._call_impl, backend=backend, **compile_limits()))
+        compiled = allowing_recompiles(torch.compile(self._function, backend=backend, **compile_limits()))
         return capturing_more(compiled) if way is Capture.MORE else compiled
 
     def _leave_blocks(self) -> None:

@@ -30,6 +30,11 @@ def register_module(module: torch.nn.Module, session: Session) -> None:
     _of_module[module] = session
 
 
+def register_holder(holder: object, session: Session) -> None:
+    """Remember a session as long as the object lives that an integration keeps it in."""
+    _of_module[holder] = session
+
+
 def session_of_parameter(parameter: torch.Tensor, options: CacheOptions) -> Session:
     """The session of the model that holds this parameter, under bare ``torch.compile``; made at its first call.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -64,6 +64,29 @@ class RunSource(Protocol):
 
     def context(self) -> str | None:
         """The name of the call's context where it is known."""
+
+
+class CallRecord(NamedTuple):
+    """One call of the model, as an observer hears of it. ``timed``: its seconds follow."""
+
+    tick: Tick | None
+    skipped: bool
+    reason: str
+    compiled: bool
+    timed: bool
+
+
+class Observer(Protocol):
+    """Someone who shows what happens while it happens."""
+
+    def compiling(self, reason: str | None) -> None:
+        """A graph is about to be compiled; of a recompilation, what changed."""
+
+    def called(self, call: CallRecord) -> None:
+        """A call of the model has ended."""
+
+    def measured(self, step: int, error: float) -> None:
+        """How far the forecast of a computed step was off; known before the next decision."""
 
 
 @dataclass(slots=True)
@@ -132,6 +155,7 @@ class Session:
         self.main_list: str | None = None
         # whether there are blocks that could each cache its own part
         self.blocks_may_help = False
+        self.observer: Observer | None = None
         self._forward: Forward | None = None
         self._decisions: dict[int, tuple[Decision, int]] = {}
         self._decided_run = 0
@@ -168,6 +192,10 @@ class Session:
         if compiled:
             self._compiles_seen = counters.compiles
             counters.compile_calls += 1
+        if self.observer is not None:
+            timed = counters.timed and not compiled
+            self.observer.called(CallRecord(forward.tick, hit, forward.reason, compiled, timed))
+        if compiled:
             self._note_compilation(forward.name)
             self.timer.discard()
         else:
@@ -544,7 +572,10 @@ class Session:
             return
         if pending.before:
             store.errors = self._measured_errors(pending, parts, len(store.residuals[0]))
-            self.counters.record_forecast_error(store.errors[self._forecast_name(store)])
+            error = store.errors[self._forecast_name(store)]
+            self.counters.record_forecast_error(error)
+            if self.observer is not None:
+                self.observer.measured(pending.target.step, error)
 
     def _measured_errors(self, pending: Measurement, parts: list[list[float]], history: int) -> dict[str, float]:
         names = AUTO_CANDIDATES if self.options.forecast == "auto" else (self.options.forecast,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -17,7 +18,7 @@ class CallTimer:
     once they have passed.
     """
 
-    __slots__ = ("_counters", "_device", "_open", "_pending", "_start")
+    __slots__ = ("_counters", "_device", "_open", "_pending", "_start", "booked")
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
@@ -25,6 +26,8 @@ class CallTimer:
         self._pending: deque[tuple[torch.Event, torch.Event, bool]] = deque()
         self._open: torch.Event | None = None
         self._start = 0.0
+        # told of the seconds of each call, in the order of the calls
+        self.booked: Callable[[float], None] | None = None
 
     def watch(self, device: torch.device) -> None:
         """Say where the model runs."""
@@ -69,6 +72,8 @@ class CallTimer:
             self._add(begin.elapsed_time(end) / 1e3, reused)
 
     def _add(self, seconds: float, reused: bool) -> None:
+        if self.booked is not None:
+            self.booked(seconds)
         if reused:
             self._counters.reuse_calls_timed += 1
             self._counters.reuse_seconds += seconds
