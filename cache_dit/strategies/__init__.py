@@ -1,6 +1,6 @@
 """Which steps of a run are skipped: step -> decision, from nothing but the step's `StepView`.
 
-A new strategy is one new file and one line in `STRATEGIES`.
+A new strategy is one new file and one line in `STRATEGIES` (and its name among those that the option takes).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from ..options import DEFAULT_MAX_CONSECUTIVE_HITS, DEFAULT_WARMUP_STEPS
 from .adaptive import OWN_MAX_CONSECUTIVE_HITS, OWN_WARMUP_STEPS, ClockStrategy, PlacementStrategy
 from .decision import Decision, Reason, StepView, Strategy
 from .dynamic import Dynamic
+from .first_block import FirstBlock
 from .fixed import Fixed
 from .part_of_run import PartOfRun, WithinPart
 from .placement import PlacementRules
 from .schedule import Schedule
+from .teacache import TeaCache
 
 __all__ = ["STRATEGIES", "Decision", "Reason", "StepView", "Strategy", "StrategyOptions", "build_strategy"]
 
@@ -82,10 +84,24 @@ def _adaptive(options: StrategyOptions) -> Strategy:
     return PlacementStrategy(rules, options.tolerance)
 
 
+def _by_threshold(rule: Callable[[int, int, int, float], Strategy]) -> Callable[[StrategyOptions], Strategy]:
+    """A rule whose threshold is `tolerance`, with warm-up and bound as the clock has them where none is given."""
+
+    def build(options: StrategyOptions) -> Strategy:
+        warmup = _or_else(options.warmup_steps, OWN_WARMUP_STEPS)
+        most = _or_else(options.max_consecutive_hits, OWN_MAX_CONSECUTIVE_HITS)
+        return rule(options.skip_interval, warmup, most, options.tolerance)
+
+    return build
+
+
 STRATEGIES: dict[str, Callable[[StrategyOptions], Strategy]] = {
     "fixed": _fixed,
     "dynamic": _dynamic,
     "adaptive": _adaptive,
+    "front_clock": _by_threshold(ClockStrategy),
+    "teacache": _by_threshold(TeaCache),
+    "first_block": _by_threshold(FirstBlock),
 }
 
 

@@ -35,14 +35,14 @@ def guard(view: StepView, skip_interval: int, max_consecutive_hits: float) -> De
     return None if view.forecast_error <= ERROR_BOUND else Decision(False, "error_guard")
 
 
-def within_clock(view: StepView, bound: float) -> bool:
+def within_clock(view: StepView, bound: float, look_ahead: float = LOOK_AHEAD) -> bool:
     """Whether the front will have changed by no more than `bound` since the last computed step.
 
     The clock a of the steps since then and the newest increment inc decide one step ahead, so that the host never
     waits for this step's front: a + 1.5 · inc <= bound. TeaCache's accumulated change (arXiv 2411.19108, 2024) with
     half a step of margin. False for NaN.
     """
-    return view.last_increment is not None and view.clock + LOOK_AHEAD * view.last_increment <= bound
+    return view.last_increment is not None and view.clock + look_ahead * view.last_increment <= bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class ClockStrategy:
     warmup_steps: int
     max_consecutive_hits: int
     tolerance: float
+    look_ahead: float = LOOK_AHEAD
 
     def decide(self, view: StepView) -> Decision:
         if view.step <= self.warmup_steps:
@@ -67,7 +68,7 @@ class ClockStrategy:
             return guarded
         if view.last_increment is None:
             return Decision(view.step % self.skip_interval == 0, "interval")
-        return Decision(within_clock(view, self.tolerance), "clock")
+        return Decision(within_clock(view, self.tolerance, self.look_ahead), "clock")
 
     def never_skips(self) -> bool:
         return False
