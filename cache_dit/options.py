@@ -79,9 +79,8 @@ class CacheOptions:
         return self.correction is True or (self.correction == "auto" and self.strategy == "adaptive" and self.schedule is None)
 
     def history(self) -> int:
-        """Residuals kept: as many as the forecast needs, and one more to interpolate by where steps are corrected."""
-        needed = 1 if self.forecast == "reuse" else self.order + 1
-        return needed + self.may_correct()
+        """Residuals kept: as many as the forecast needs, and two at least to interpolate between where steps are corrected."""
+        return max(1 if self.forecast == "reuse" else self.order + 1, 2 if self.may_correct() else 1)
 
     def program(self) -> ProgramOptions:
         """Return the part of the options that changes the compiled program."""
@@ -404,7 +403,8 @@ _BOOL: Final = _Rule("bool", _accept_bool)
 _RULES: Final[dict[str, _Rule]] = {
     "skip_interval": _integer(1),
     "warmup_steps": _integer(0),
-    "strategy": _one_of((*STRATEGIES, *RULES)),
+    # the rules for comparison are no recommendation: a wrong name is answered with the strategies
+    "strategy": _Rule(_one_of(STRATEGIES).allowed, _one_of((*STRATEGIES, *RULES)).accept),
     "noise_scale": _number(0, 1),
     "enable_stats": _BOOL,
     "debug": _BOOL,

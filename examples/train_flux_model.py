@@ -12,6 +12,7 @@ import argparse
 import copy
 import math
 import time
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +148,7 @@ def sample(model: nn.Module, labels: Tensor, guidance: float, steps: int = 28, s
     both = torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
     sigmas = shifted_sigmas(steps)
     with torch.no_grad():
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in pairwise(sigmas):
             cond, uncond = velocity(model, torch.cat([x, x]), sigma.expand(2 * len(labels)), both).chunk(2)
             x = x + (following - sigma) * (uncond + guidance * (cond - uncond))
     return x

@@ -176,9 +176,13 @@ def _front_clock(
     """
     tracer = proxies_of(graph)
     source = next(node for node in call.args if isinstance(node, fx.Node) and node.name == _front_of(region).name)
-    now, before = fx.Proxy(source, tracer), fx.Proxy(front, tracer)
+    now: Any = fx.Proxy(source, tracer)
+    before: Any = fx.Proxy(front, tracer)
     change: Any = torch.stack(residual_math.relative_change(now, before, inputs.accumulate))
-    before.copy_(now if anchor is None else torch.where(fx.Proxy(anchor, tracer), now, before))
+    if anchor is not None:
+        pred: Any = fx.Proxy(anchor, tracer)
+        now = torch.where(pred, now, before)
+    before.copy_(now)
     node: fx.Node = change.node
     return node
 

@@ -26,6 +26,9 @@ from .solvers import SolverStep
 BOUND = 2.0
 """Largest change of a skipped step's output: so many times the forecast's relative error, of the output's size."""
 
+MAX_SWING = 1.5
+"""Largest sum of the weights' sizes with which residuals are interpolated by a parabola; evenly spaced ones have 1.25."""
+
 Rerun = Callable[[Sequence[Any], tuple[float, ...], int], Sequence[Any]]
 
 
@@ -129,10 +132,9 @@ def correct(
     error = _relative_error(measured, history, weights_used)
     state: torch.Tensor | None = None
     before = past.before_skipped
-    line = forecast("lagrange")
     for each in pending:
         step = steps[each.index]
-        weights = line.weights(stored, each.point, len(stored) - 1)
+        weights = _between(stored, each.point)
         better = rerun(each.args, weights, each.noise)[place]
         change = _bounded(better.float() - each.output.float(), each.output, error)
         deviation = step.q * change if state is None else step.p * state + step.q * change
@@ -145,6 +147,17 @@ def correct(
     past.skipped = []
     output, past.deviation = _settled(output, steps[index], state, before)
     return output
+
+
+def _between(stored: Sequence[Point], target: Point) -> tuple[float, ...]:
+    """The weights that interpolate: the parabola through the newest three, or the line through two of them.
+
+    A parabola whose third point lies close behind the second swings out where there is nothing to hold it; its weights
+    show that, and the line is taken.
+    """
+    line = forecast("lagrange")
+    weights = line.weights(stored, target, 2)
+    return weights if sum(map(abs, weights)) <= MAX_SWING else line.weights(stored, target, 1)
 
 
 def _settled(

@@ -1,6 +1,7 @@
 """Which steps of a run are skipped: step -> decision, from nothing but the step's `StepView`.
 
-A new strategy is one new file and one line in `STRATEGIES` (and its name among those that the option takes).
+A new rule is one new file and one line here (and its name among those that the option takes). `STRATEGIES` are for users,
+`RULES` are published ones that they are compared with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .placement import PlacementRules
 from .schedule import Schedule
 from .teacache import TeaCache
 
-__all__ = ["STRATEGIES", "Decision", "Reason", "StepView", "Strategy", "StrategyOptions", "build_strategy"]
+__all__ = ["RULES", "STRATEGIES", "Decision", "Reason", "StepView", "Strategy", "StrategyOptions", "build_strategy"]
 
 
 class StrategyOptions(Protocol):
@@ -99,6 +100,9 @@ STRATEGIES: dict[str, Callable[[StrategyOptions], Strategy]] = {
     "fixed": _fixed,
     "dynamic": _dynamic,
     "adaptive": _adaptive,
+}
+
+RULES: dict[str, Callable[[StrategyOptions], Strategy]] = {
     "front_clock": _by_threshold(ClockStrategy),
     "teacache": _by_threshold(TeaCache),
     "first_block": _by_threshold(FirstBlock),
@@ -111,9 +115,10 @@ def build_strategy(options: StrategyOptions) -> Strategy:
     A `schedule` overrides the strategy, its warm-up and `max_consecutive_hits`. `start_percent` and `end_percent` bind
     any of them in runs whose number of steps is known. Raises `ValueError` for a strategy that is not in `STRATEGIES`.
     """
-    if options.strategy not in STRATEGIES:
+    rules = STRATEGIES | RULES
+    if options.strategy not in rules:
         known = ", ".join(map(repr, STRATEGIES))
         raise ValueError(f"strategy={options.strategy!r} is not known; choose one of {known}")
-    strategy = STRATEGIES[options.strategy](options) if options.schedule is None else Schedule(tuple(options.schedule))
+    strategy = rules[options.strategy](options) if options.schedule is None else Schedule(tuple(options.schedule))
     part = PartOfRun(options.start_percent, options.end_percent)
     return strategy if part.is_whole() else WithinPart(strategy, part)
