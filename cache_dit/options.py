@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STRATEGIES: Final = ("fixed", "dynamic", "adaptive")
 RULES: Final = ("front_clock", "teacache", "first_block")
 """Published rules that `strategy` takes as well, for comparison: their thresholds are `tolerance`."""
-FORECASTS: Final = ("auto", "reuse", "taylor", "lagrange", "hermite", "adams_bashforth")
+FORECASTS: Final = ("auto", "reuse", "taylor", "lagrange", "hermite", "adams_bashforth", "line")
 LOWERINGS: Final = ("auto", "specialize", "pieces", "cond")
 MAX_ORDER: Final = 3
 DEFAULT_WARMUP_STEPS: Final = 3

@@ -20,14 +20,11 @@ from typing import Any
 import torch
 
 from ..forecasts import Point, forecast
-from ..passes.residual_math import statistics_length
+from ..passes.residual_math import accumulation_dtype, statistics_length
 from .solvers import SolverStep
 
 BOUND = 2.0
 """Largest change of a skipped step's output: so many times the forecast's relative error, of the output's size."""
-
-MAX_SWING = 1.5
-"""Largest sum of the weights' sizes with which residuals are interpolated by a parabola; evenly spaced ones have 1.25."""
 
 Rerun = Callable[[Sequence[Any], tuple[float, ...], int], Sequence[Any]]
 
@@ -132,11 +129,12 @@ def correct(
     error = _relative_error(measured, history, weights_used)
     state: torch.Tensor | None = None
     before = past.before_skipped
+    line = forecast("lagrange")
     for each in pending:
         step = steps[each.index]
-        weights = _between(stored, each.point)
+        weights = line.weights(stored, each.point, 1)
         better = rerun(each.args, weights, each.noise)[place]
-        change = _bounded(better.float() - each.output.float(), each.output, error)
+        change = _bounded(_wide(better) - _wide(each.output), each.output, error)
         deviation = step.q * change if state is None else step.p * state + step.q * change
         moved = step.b * deviation
         if state is not None:
@@ -149,15 +147,8 @@ def correct(
     return output
 
 
-def _between(stored: Sequence[Point], target: Point) -> tuple[float, ...]:
-    """The weights that interpolate: the parabola through the newest three, or the line through two of them.
-
-    A parabola whose third point lies close behind the second swings out where there is nothing to hold it; its weights
-    show that, and the line is taken.
-    """
-    line = forecast("lagrange")
-    weights = line.weights(stored, target, 2)
-    return weights if sum(map(abs, weights)) <= MAX_SWING else line.weights(stored, target, 1)
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.to(accumulation_dtype(value.dtype))
 
 
 def _settled(
@@ -173,7 +164,7 @@ def _settled(
         return output, None
     deviation = -owed / step.b
     change = deviation if state is None else deviation - step.p * state
-    return (output.float() - change / step.q).to(output.dtype), deviation
+    return (_wide(output) - change / step.q).to(output.dtype), deviation
 
 
 def _relative_error(measured: torch.Tensor, history: int, weights: tuple[float, ...]) -> torch.Tensor:
@@ -196,7 +187,7 @@ def _relative_error(measured: torch.Tensor, history: int, weights: tuple[float, 
 
 def _bounded(change: torch.Tensor, output: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
     """`change`, made smaller where it exceeds what the measured error allows; 0 where it is not finite."""
-    allowed = BOUND * error.to(output.device) * output.float().square().mean().sqrt()
+    allowed = BOUND * error.to(output.device) * _wide(output).square().mean().sqrt()
     size = change.square().mean().sqrt()
     scale = torch.where(size > allowed, allowed / size, torch.ones_like(size))
     scale = torch.where(torch.isfinite(size), scale, torch.zeros_like(size))
