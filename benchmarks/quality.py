@@ -80,8 +80,10 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
     beds = arguments.beds
     linear = replace(MAIN, shift=1.0)
     named = [Cell(bed, s, rule.name, ratio) for s in (MAIN, linear) for ratio in RATIOS for rule in RULES for bed in beds]
-    named += [Cell(bed, s, rule, ratio) for s in VARIED for rule in BEST for ratio in RATIOS for bed in beds]
+    if arguments.goals:
+        return named
     named += [Cell(bed, MAIN, rule, ratio) for ratio in BEYOND for rule in BEST for bed in beds]
+    named += [Cell(bed, s, rule, ratio) for s in VARIED for rule in BEST for ratio in RATIOS for bed in beds]
     if not arguments.full:
         return list(dict.fromkeys(named))
     factors = itertools.product(
@@ -98,6 +100,11 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
         for bed in beds
     ]
     return list(dict.fromkeys([*named, *whole]))
+
+
+def asked(arguments: argparse.Namespace) -> list[Cell]:
+    """The planned cells of the rules that were named, or of all."""
+    return [cell for cell in planned(arguments) if not arguments.rules or cell.rule in arguments.rules]
 
 
 class Runner:
@@ -204,8 +211,8 @@ def measured(out: Path) -> list[dict[str, Any]]:
 def missing(arguments: argparse.Namespace) -> list[Cell]:
     """The planned cells that have not been measured with the checkpoints that are there."""
     done = {line["key"] for line in measured(arguments.out)}
-    marks = {name: BEDS[name]().fingerprint() for name in {cell.bed for cell in planned(arguments)}}
-    return [cell for cell in planned(arguments) if cell.key(marks[cell.bed]) not in done]
+    marks = {name: BEDS[name]().fingerprint() for name in {cell.bed for cell in asked(arguments)}}
+    return [cell for cell in asked(arguments) if cell.key(marks[cell.bed]) not in done]
 
 
 def run_workers(arguments: argparse.Namespace) -> None:
@@ -227,7 +234,8 @@ def run_workers(arguments: argparse.Namespace) -> None:
 def _worker_command(bed: str, arguments: argparse.Namespace) -> list[str]:
     command = [sys.executable, __file__, "--worker", bed, "--until", str(arguments.until), "--out", str(arguments.out)]
     command += ["--inner", arguments.inner, "--beds", *arguments.beds]
-    return command + ["--ci"] * arguments.ci + ["--full"] * arguments.full
+    command += ["--rules", *arguments.rules]
+    return command + ["--ci"] * arguments.ci + ["--full"] * arguments.full + ["--goals"] * arguments.goals
 
 
 def _environment() -> dict[str, str]:
@@ -277,8 +285,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--full", action="store_true", help="the whole crossing of factors")
     parser.add_argument("--ci", action="store_true", help="a slice of a few minutes")
+    parser.add_argument("--goals", action="store_true", help="28 Euler steps alone, shifted and linear")
     parser.add_argument("--report", action="store_true", help="measure nothing, write table and plots")
     parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=list(BEDS))
+    parser.add_argument("--rules", nargs="*", default=[], choices=sorted(BY_NAME), help="these rules alone")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so long (default 28, --full: no end)")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--inner", default="eager", help="inner compiler of the cached graphs")

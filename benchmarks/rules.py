@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sampling import Setting, shifted_sigmas
+from sampling import Setting
 
 Options = dict[str, Any]
 
@@ -43,17 +43,6 @@ def evenly(setting: Setting, count: int) -> list[int]:
     return sorted({index * setting.steps // count for index in range(count)})
 
 
-def nearest(levels: list[float], count: int) -> list[int]:
-    """`count` indices nearest to evenly spaced levels, from the first; the last level is where the run ends."""
-    placed: list[int] = []
-    last = len(levels) - 1
-    for k in range(count):
-        wanted = levels[0] + (levels[-1] - levels[0]) * k / count
-        low = placed[-1] + 1 if placed else 0
-        placed.append(min(range(low, last - (count - k) + 1), key=lambda index: abs(levels[index] - wanted)))
-    return placed
-
-
 def _every(**options: Any) -> Callable[[Setting, int], Options]:
     def build(setting: Setting, count: int) -> Options:
         return {"schedule": _mask(setting.steps, evenly(setting, count)), "correction": False, **options}
@@ -63,8 +52,7 @@ def _every(**options: Any) -> Callable[[Setting, int], Options]:
 
 def _in_sigma(**options: Any) -> Callable[[Setting, int], Options]:
     def build(setting: Setting, count: int) -> Options:
-        indices = nearest(shifted_sigmas(setting.steps, setting.shift), count)
-        return {"schedule": _mask(setting.steps, indices), "correction": False, **options}
+        return {"strategy": "sigma", "target_speedup": setting.steps / count, "correction": False, **options}
 
     return build
 

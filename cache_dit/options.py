@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 STRATEGIES: Final = ("fixed", "dynamic", "adaptive")
-RULES: Final = ("front_clock", "teacache", "first_block")
-"""Published rules that `strategy` takes as well, for comparison: their thresholds are `tolerance`."""
-FORECASTS: Final = ("auto", "reuse", "taylor", "lagrange", "hermite", "adams_bashforth", "line")
+RULES: Final = ("front_clock", "teacache", "first_block", "sigma")
+"""Rules that `strategy` takes as well, for comparison: thresholds are `tolerance`, `sigma` goes by `target_speedup`."""
+FORECASTS: Final = ("auto", "reuse", "taylor", "lagrange", "hermite", "adams_bashforth")
 LOWERINGS: Final = ("auto", "specialize", "pieces", "cond")
 MAX_ORDER: Final = 3
 DEFAULT_WARMUP_STEPS: Final = 3
@@ -92,7 +92,7 @@ class CacheOptions:
             region=self.region,
             history=self.history(),
             noise=self.noise_scale > 0.0,
-            front_clock=self.strategy in ("adaptive", *RULES) and self.schedule is None,
+            front_clock=self.strategy in ("adaptive", *RULES) and self.strategy != "sigma" and self.schedule is None,
             front_anchored=self.strategy == "first_block" and self.schedule is None,
             lowering=self.lowering,
             inner=self.inner,

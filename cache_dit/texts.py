@@ -180,6 +180,12 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "not corrected\n"
         "Remedy: cache_dit.new_run(model, sigmas=..., solver=..., prediction='flow'), with one of the solvers {solvers}",
     ),
+    "correction_times": (
+        "模型的时间步与给出的 sigmas 不一致，本次采样中已跳过的步骤不会被修正\n"
+        "解决方案: 向 cache_dit.new_run 传入本次采样实际使用的 sigmas",
+        "The model's timesteps do not go with the sigmas that were given: skipped steps of this run are not corrected\n"
+        "Remedy: give cache_dit.new_run the sigmas that the run uses",
+    ),
     "correction_outputs": (
         "模型的输出不是单个图的单个张量，已跳过的步骤不会被修正\n解决方案: 不需要修正时使用 correction=False",
         "The model's output is not the only tensor of one graph: skipped steps are not corrected\n"

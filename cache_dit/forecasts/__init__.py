@@ -11,14 +11,13 @@ from .auto import choose_forecast
 from .error import forecast_error
 from .hermite import Hermite
 from .lagrange import Lagrange
-from .line import Line
 from .points import MAX_WEIGHT_SUM, Forecast, Point
 from .reuse import Reuse
 from .taylor import Taylor
 
 __all__ = ["FORECASTS", "MAX_WEIGHT_SUM", "Forecast", "Point", "choose_forecast", "forecast", "forecast_error"]
 
-_ORDERED: tuple[Forecast, ...] = (Reuse(), Line(), Lagrange(), Taylor(), Hermite(), AdamsBashforth())
+_ORDERED: tuple[Forecast, ...] = (Reuse(), Lagrange(), Taylor(), Hermite(), AdamsBashforth())
 
 FORECASTS: dict[str, Forecast] = {each.name: each for each in _ORDERED}
 """Every forecast by its name, in the order in which `'auto'` prefers them where they err alike."""

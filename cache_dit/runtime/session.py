@@ -26,7 +26,7 @@ from .buffers import Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .correction import correct, note_skipped, output_place
 from .program import Cacheable, UncachedGraph
-from .solvers import SOLVERS, SolverStep, solver_steps
+from .solvers import SOLVERS, SolverStep, TimeCheck, solver_steps
 from .timing import CallTimer
 
 # Forecasts that 'auto' compares: all of them use the residuals that the others need too.
@@ -61,6 +61,9 @@ class RunSource(Protocol):
 
     def schedule(self) -> tuple[int | None, tuple[float, ...] | None]:
         """Number of steps and noise levels of the run that begins."""
+
+    def solver(self) -> tuple[str | None, str | None]:
+        """Its solver and prediction type, by their names for `new_run`."""
 
 
 @dataclass(slots=True)
@@ -136,6 +139,7 @@ class Session:
         self._compiles_seen = 0
         # the steps of the run's solver, where skipped ones are corrected; None costs nothing
         self._solver: Sequence[SolverStep] | None = None
+        self._time_check: TimeCheck | None = None
         self._several_graphs = False
 
     # ---- a call of the model -----------------------------------------------------------------------------------
@@ -286,9 +290,10 @@ class Session:
     ) -> Sequence[Any]:
         """Remember a skipped step, or put the ones before a computed step right."""
         place = output_place(results)
-        if place is None or self._several_graphs:
+        timely = self._time_check is None or self._time_check.agrees(tick.step, point.time)
+        if place is None or self._several_graphs or not timely:
             self._solver = None
-            self._refuse_correction("correction_outputs")
+            self._refuse_correction("correction_outputs" if timely else "correction_times")
             return results
         if skip:
             kept = store.past.keep(args, graph.watched(args))
@@ -374,7 +379,7 @@ class Session:
         if runs.starts_run():
             self.end_run()
         if not self.clock.running and self.runs_whole_schedule and self.clock.sigmas is None:
-            self.clock.announce(*runs.schedule())
+            self.clock.announce(*runs.schedule(), *runs.solver())
 
     def _drop_other_contexts(self) -> None:
         for context in self.contexts.values():
@@ -516,6 +521,8 @@ class Session:
         steps = solver_steps(clock.solver, clock.prediction, clock.sigmas, clock.num_steps)
         if steps is None:
             self._refuse_correction("correction_unknown")
+        elif clock.sigmas is not None and clock.prediction is not None:
+            self._time_check = TimeCheck(clock.sigmas, clock.prediction)
         return steps
 
     def _refuse_correction(self, key: str) -> None:
@@ -530,7 +537,8 @@ class Session:
         warmup, steps = options.warmup_steps, self.clock.num_steps
         if options.schedule is None and warmup is not None and steps is not None and steps <= warmup:
             self.said.warn("few_steps", steps=steps, warmup=warmup)
-        if options.target_speedup is not None and (options.strategy != "adaptive" or options.schedule is not None):
+        places = options.strategy in ("adaptive", "sigma") and options.schedule is None
+        if options.target_speedup is not None and not places:
             self.said.warn("target_speedup_unused")
         for key in self.strategy.notes():
             self.said.warn(key)

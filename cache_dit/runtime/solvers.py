@@ -90,6 +90,34 @@ SOLVERS: dict[str, Solver] = {"euler": euler, "ddim": euler, "dpmpp_2m": dpmpp_2
 """The solvers whose states can be put right afterwards, by the names that `new_run` takes."""
 
 
+TIME_TOLERANCE = 0.02
+"""How far the model's timestep may be from where the noise levels put it, as a share of the timesteps passed so far."""
+
+
+class TimeCheck:
+    """Whether the model's timesteps go with the noise levels that were announced, for flow models: the one is the other
+    times a constant and plus one, whatever unit the model takes. Others count their timesteps in their own way."""
+
+    def __init__(self, sigmas: Sequence[float], prediction: str) -> None:
+        self._sigmas, self._checks = sigmas, prediction == "flow"
+        self._first: tuple[int, float] | None = None
+        self._slope: float | None = None
+
+    def agrees(self, step: int, time: float | None) -> bool:
+        """Whether this step's timestep (step from 1) fits those before; the first two cannot but fit."""
+        if time is None or not self._checks:
+            return True
+        if self._first is None or self._first[0] == step:
+            self._first = step, time
+            return True
+        passed = self._sigmas[step - 1] - self._sigmas[self._first[0] - 1]
+        if self._slope is None:
+            self._slope = (time - self._first[1]) / passed
+            return self._slope != 0.0
+        wanted = self._slope * passed
+        return abs(time - self._first[1] - wanted) <= TIME_TOLERANCE * abs(wanted)
+
+
 def solver_steps(
     solver: str | None, prediction: str | None, sigmas: Sequence[float] | None, num_steps: int | None
 ) -> tuple[SolverStep, ...] | None:

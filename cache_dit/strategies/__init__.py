@@ -18,6 +18,7 @@ from .fixed import Fixed
 from .part_of_run import PartOfRun, WithinPart
 from .placement import PlacementRules
 from .schedule import Schedule
+from .sigma import sigma_spaced
 from .teacache import TeaCache
 
 __all__ = ["RULES", "STRATEGIES", "Decision", "Reason", "StepView", "Strategy", "StrategyOptions", "build_strategy"]
@@ -106,6 +107,7 @@ RULES: dict[str, Callable[[StrategyOptions], Strategy]] = {
     "front_clock": _by_threshold(ClockStrategy),
     "teacache": _by_threshold(TeaCache),
     "first_block": _by_threshold(FirstBlock),
+    "sigma": lambda options: sigma_spaced(options.target_speedup or 2.0),
 }
 
 

@@ -52,7 +52,9 @@ def step_of(solver: str) -> Callable[[int, Tensor, Tensor, Tensor | None], tuple
     return advance
 
 
-def sampled(model: nn.Module, solver: str = "euler", in_place: bool = False, announce: bool = True) -> tuple[Tensor, list[Tensor]]:
+def sampled(
+    model: nn.Module, solver: str = "euler", in_place: bool = False, announce: bool = True
+) -> tuple[Tensor, list[Tensor]]:
     """The last state of a run with caching, and what the model gave at each step."""
     advance = step_of(solver)
     if announce:

@@ -102,3 +102,46 @@ def test_every_solver_ends_at_the_denoised_sample() -> None:
         assert steps is not None
         assert steps[-1].a == 0.0
         assert steps[-1].b == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "found"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, ("euler", "flow")),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, (None, None)),
+        ("FlowMatchHeunDiscreteScheduler", {}, (None, None)),
+        ("EulerDiscreteScheduler", {}, ("euler", "epsilon")),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}, ("euler", "v")),
+        ("EulerAncestralDiscreteScheduler", {}, (None, None)),
+        ("UniPCMultistepScheduler", {}, (None, None)),
+        (
+            "DPMSolverMultistepScheduler",
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+            ("dpmpp_2m", "flow"),
+        ),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, (None, None)),
+    ],
+)
+def test_schedulers_of_pipelines_name_their_solver(name: str, given: dict[str, Any], found: tuple[Any, Any]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from cache_dit.integrations.diffusers import PipelineRuns
+
+    class Pipeline:
+        scheduler = getattr(diffusers, name)(**given)
+
+    pipeline = Pipeline()
+    assert PipelineRuns(pipeline).solver() == found
+
+
+def test_dpmpp_2m_of_the_older_models_is_that_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(20)
+    outputs, start = outputs_of(20)
+    levels = scheduler.sigmas.tolist()
+    steps = solver_steps("dpmpp_2m", "epsilon", levels, 20)
+    assert steps is not None
+    # the scheduler's state is scaled to keep its variance, the recurrence's is not
+    scale = (levels[0] ** 2 + 1.0) ** 0.5
+    found = replay(steps, outputs, start * scale)
+    torch.testing.assert_close(found, scheduled(scheduler, outputs, start), rtol=1e-4, atol=1e-4)
