@@ -150,6 +150,19 @@ class StepClock:
         self._jumps = listed_jumps(self.sigmas or ())
         self.num_steps = num_steps if num_steps is not None else (len(self.sigmas) - 1 if self.sigmas else None)
 
+    @property
+    def restarts(self) -> bool:
+        """Whether the list of noise levels goes back somewhere."""
+        return bool(self._jumps)
+
+    def jumps_back(self, step: int) -> bool:
+        """Whether the listed noise level of a step, from 1, goes against the direction of the list."""
+        levels = self.sigmas
+        if not self._jumps or levels is None or not 1 < step < len(levels):
+            return False
+        before, now = levels[step - 2], levels[step - 1]
+        return now != before and (now > before) != (levels[-1] > levels[0])
+
     def end_run(self) -> None:
         """Forget where the run was: the next call begins a new one."""
         self._unnamed = None

@@ -267,6 +267,9 @@ class Session:
         else:
             forward.computed += 1
             store.computed(point, outputs[graph.outputs])
+            if self.clock.jumps_back(forward.tick.step):
+                # the sampler has added noise: no line through what was before it
+                store.points = store.points[:1]
         if store.front is not None:
             store.change = outputs[graph.outputs + 1] if store.front_known else None
             store.front_known = True
@@ -547,7 +550,10 @@ class Session:
 
     def _forecast_name(self, store: ResidualStore) -> str:
         wanted = self.options.forecast
-        return choose_forecast(store.errors) if wanted == "auto" else wanted
+        if wanted != "auto":
+            return wanted
+        # where the sampler adds noise again, what a forecast erred by before says nothing of what follows
+        return "reuse" if self.clock.restarts else choose_forecast(store.errors)
 
     def _read_all(self, context: Context) -> None:
         for store in context.stores.values():

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from .decision import Decision, StepView
-from .placement import PlacementRules, first_steps, place_steps
+from .placement import PlacementRules, first_steps, place_steps, turns_back
 
 OWN_WARMUP_STEPS = 2
 """Warm-up of the clock where none is given: the front's first change is measured at step 2."""
@@ -81,6 +81,8 @@ class ClockStrategy:
 class PlacementStrategy:
     """Computes num_steps / target_speedup steps of a run, where `place_steps` puts them; the others are skipped.
 
+    The first step behind a jump back of the noise levels computes too.
+
     Where the number of steps is not known, and past it, one step of every target_speedup on average computes.
     `tolerance` only guards: a step also computes where the clock, looking ahead, exceeds `DRIFT_BOUND` tolerances.
     """
@@ -91,7 +93,7 @@ class PlacementStrategy:
     def decide(self, view: StepView) -> Decision:
         if view.step <= self.rules.warmup_steps:
             return Decision(False, "warmup")
-        if self._is_placed(view):
+        if self._is_placed(view) or (view.sigmas is not None and turns_back(view.sigmas, view.step)):
             return Decision(False, "placement")
         longest = self.rules.max_consecutive_hits
         guarded = guard(view, self.rules.skip_interval, math.inf if longest is None else longest)
