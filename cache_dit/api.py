@@ -298,7 +298,17 @@ def cached(model: Model, **options: Any) -> Iterator[Model]:
 
 
 def _sessions(model: object) -> list[Session]:
-    return [session for module in denoisers_of(model, None, required=False) for session in sessions_of(module)]
+    modules = denoisers_of(model, None, required=False)
+    for module in modules:
+        _warn_if_displaced(module)
+    return [session for module in modules for session in sessions_of(module)]
+
+
+def _warn_if_displaced(module: torch.nn.Module) -> None:
+    """``module.compile()`` takes the slot that `enable_cache` took, and nothing of ours is called any more."""
+    session = session_of_module(module)
+    if session is not None and session.enabled and not _is_enabled(module):
+        session.said.warn("displaced")
 
 
 def _required_sessions(model: object) -> list[Session]:

@@ -92,6 +92,16 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "该模型没有启用缓存，`disable_cache()` 未做任何更改",
         "Caching is not enabled for this model; `disable_cache()` changed nothing",
     ),
+    "displaced": (
+        "`model.compile()` 在 enable_cache 之后被调用并取代了缓存，模型正在无缓存运行\n"
+        "解决方案: 再调用一次 `enable_cache(model)`；enable_cache 会自行编译模型，无需再调用 compile",
+        "`model.compile()` was called after enable_cache and took its place: the model runs without caching\n"
+        "Remedy: call `enable_cache(model)` once more; it compiles the model itself, so no other compile is needed",
+    ),
+    "compiles_itself": (
+        "enable_cache 会自行编译模型；请直接调用模型，不要再在外面加 torch.compile(..., fullgraph=True)",
+        "enable_cache compiles the model itself; call the model as it is, without torch.compile(..., fullgraph=True) around it",
+    ),
     # Compilation.
     "compiling": ("正在编译，仅首次调用需要等待…", "compiling, first call only…"),
     "capturing_more": (
@@ -112,6 +122,16 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "步数很少的模型相邻两步差别很大，跳过往往看得出来；仍要跳过时请设置 warmup_steps=1",
         "the run has {steps} steps, all within the warm-up of {warmup}: nothing is skipped. Models of few steps change much "
         "from one to the next, so skipping shows; to skip all the same set warmup_steps=1",
+    ),
+    "context_recompiles": (
+        "上下文 {context} 每次调用都会重新编译（其中有对象每步都被重新创建），之后不再编译它，也不为它使用缓存；其他上下文照常缓存",
+        "the context {context} compiles at every call, since something in it is made anew each time: from now on it runs "
+        "uncompiled and uncached; the other contexts are cached as before",
+    ),
+    "context_apart": (
+        "上下文 {context} 无法在一张图中编译（例如引导方式临时改变了某些层），之后不编译也不缓存它；其他上下文照常缓存",
+        "the context {context} does not compile into one graph (its guidance changes layers for the time of the call): from "
+        "now on it runs uncompiled and uncached; the other contexts are cached as before",
     ),
     "side_list": (
         "只有旁支列表 {cached} 被缓存，主要的块列表 {wanted} 被拆到了不同的图中，因此未缓存；图中断的原因: {breaks}",

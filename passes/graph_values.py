@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -123,11 +124,21 @@ def is_random(node: fx.Node) -> bool:
     if name in _DROPOUT:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else name != "rrelu")
         probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-        return training is not False and bool(probability != 0.0)
+        return training is not False and _is_not_zero(probability)
     if name == "scaled_dot_product_attention":
-        probability = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
-        return bool(probability != 0.0)
+        return _is_not_zero(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
     return False
+
+
+def _is_not_zero(probability: Any) -> bool:
+    """Whether a probability of dropout, a number or a node, is one. ``dynamic=True`` makes a number of the model an input."""
+    if not isinstance(probability, fx.Node):
+        return bool(probability != 0.0)
+    value = example_of(probability)
+    if not isinstance(value, torch.SymFloat) or value.node.hint is None:
+        return True
+    # asking guards the answer: with another value the model is traced again
+    return bool(value != 0.0)
 
 
 def is_removable(node: fx.Node) -> bool:

@@ -9,13 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 # `python -m pytest` puts the working directory first: there our folder `comfy` would shadow ComfyUI's package.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
-# side by side each worker has a core of its own
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# side by side each worker, and what it starts, has a core of its own
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+# a busy machine is no failure
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ _SCHEDULERS = {
 
 
 class PipelineRuns:
-    """What a pipeline's scheduler tells about the run: when it starts, its number of steps and its noise levels."""
+    """What a pipeline's scheduler and guider tell about the run: its start, number of steps, noise levels and contexts."""
 
     def __init__(self, pipeline: Any) -> None:
         try:
@@ -196,6 +196,11 @@ class PipelineRuns:
         if any(config.get(key) not in allowed for key, allowed in kind.needs):
             return None, None
         return kind.solver, kind.prediction or _PREDICTIONS.get(str(config.get("prediction_type")))
+
+    def context(self) -> str | None:
+        """Which of the predictions that a guider combines is being made: it counts those of a step."""
+        count = getattr(getattr(self._pipeline(), "guider", None), "_count_prepared", 0)
+        return f"guidance {count}" if count else None
 
     def _scheduler(self) -> Any:
         return getattr(self._pipeline(), "scheduler", None)

@@ -10,6 +10,7 @@ import torch
 
 from ..backend import OwnedBackend, owned_backend
 from ..structure import chain_of_blocks, main_list
+from ..texts import text
 from ..torch_internals import allowing_recompiles, capturing_more, compile_limits, is_tracing_failure, trace_again
 from .program import read_time, time_names
 from .session import Capture, Session, active_session
@@ -33,11 +34,15 @@ class CachedCall:
         session.blocks_may_help = len(self._chain) > program.front_blocks + program.back_blocks
         self._replaced = vars(module).get(_SLOT, _ABSENT)
         self._compiled: Callable[..., Any] | None = None
-        self._call: Callable[..., Any] | None = None
         self._blockwise: Blockwise | None = None
         self._capture = session.capture
         self._time_arguments = _time_arguments(module)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        # a compiler around the model must not trace into the runtime; under fullgraph=True it prints the reason
+        disable: Any = torch.compiler.disable
+        self._call: Callable[..., Any] = disable(
+            self._bracketed, reason=text("compiles_itself", session.options.language)
+        )
 
     def install(self) -> None:
         """Take the module's ``compile`` slot."""
@@ -46,16 +51,14 @@ class CachedCall:
     def remove(self) -> None:
         """Put back what was in the slot, and in those of the blocks where they were taken."""
         self._leave_blocks()
+        if vars(self._module).get(_SLOT) is not self:
+            return
         if self._replaced is _ABSENT:
             delattr(self._module, _SLOT)
         else:
             setattr(self._module, _SLOT, self._replaced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._call is None:
-            # a compiler around the model must not trace into the runtime
-            disable: Any = torch.compiler.disable
-            self._call = disable(self._bracketed)
         return self._call(*args, **kwargs)
 
     def _bracketed(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +74,7 @@ class CachedCall:
             session.call_time = self._time
             session.begin()
             try:
-                result = compiled(*args, **kwargs)
+                result = (self._module._call_impl if session.runs_eager else compiled)(*args, **kwargs)
             except BaseException as error:
                 session.abort()
                 if not (session.capture is Capture.MORE and is_tracing_failure(error)):
@@ -83,7 +86,7 @@ class CachedCall:
                 self._arguments = ((), {})
                 session.call_time = None
                 active_session.reset(token)
-            if session.capture is not self._capture:
+            if session.must_trace_again or session.capture is not self._capture:
                 self._capture = session.capture
                 session.trace_again()
                 trace_again(self._module.forward)

@@ -35,6 +35,8 @@ AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
 MAX_CONTROLS = 512
 # Contexts kept: a server may name each request.
 MAX_CONTEXTS = 64
+# Calls of a context in a row that each compiled, after which it is no longer compiled: a change of shape takes one or two.
+MAX_COMPILES_IN_A_ROW = 4
 # Refusals that tracing more in one graph may mend: the blocks may have come apart.
 CAPTURE_MAY_HELP = frozenset({"no_blocks", "nothing_left"})
 COMPUTE_FIRST = Decision(False, "first_call")
@@ -54,7 +56,7 @@ class Capture(Enum):
 
 
 class RunSource(Protocol):
-    """Someone who knows when runs begin, such as a pipeline's scheduler."""
+    """Someone who knows when runs begin, such as a pipeline's scheduler, and which part of a step a call is."""
 
     def starts_run(self) -> bool:
         """Whether the call being made is the first one of a run, as far as this source can tell."""
@@ -64,6 +66,8 @@ class RunSource(Protocol):
 
     def solver(self) -> tuple[str | None, str | None]:
         """Its solver and prediction type, by their names for `new_run`."""
+    def context(self) -> str | None:
+        """The name of the call's context where it is known."""
 
 
 @dataclass(slots=True)
@@ -86,6 +90,7 @@ class Context:
 class Forward:
     """One call of the model, which may run several graphs; they share its step and its decision."""
 
+    name: str | None = None
     tick: Tick | None = None
     time: float | None = None
     decision: Decision = COMPUTE_FIRST
@@ -141,12 +146,19 @@ class Session:
         self._solver: Sequence[SolverStep] | None = None
         self._time_check: TimeCheck | None = None
         self._several_graphs = False
+        # set where the same way of tracing has to begin anew
+        self.must_trace_again = False
+        # contexts that run in eager since compiling them does harm, and how often each of the others compiled in a row
+        self._eager_contexts: set[str] = set()
+        self._compiled_in_a_row: dict[str | None, int] = {}
 
     # ---- a call of the model -----------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """A call of the model begins."""
-        self._forward = Forward()
+        self._forward = Forward(context_names.get().get(id(self)) or self.named_context)
+        if self._forward.name is None and self.runs is not None:
+            self._forward.name = self.runs.context()
         if self.counters.timed or self.options.debug:
             self.timer.start()
 
@@ -164,19 +176,40 @@ class Session:
         if compiled:
             self._compiles_seen = counters.compiles
             counters.compile_calls += 1
+            self._note_compilation(forward.name)
             self.timer.discard()
-        elif counters.timed:
-            self.timer.book(hit)
         else:
-            self.timer.discard()
+            self._compiled_in_a_row.pop(forward.name, None)
+            if counters.timed:
+                self.timer.book(hit)
+            else:
+                self.timer.discard()
         if forward.tick is None:
-            self._count_uncached_step()
+            self._count_uncached_step(forward)
             self._said_why_uncached(forward)
             return
         if compiled and self._main_list_came_apart():
             self._said_side_list()
         if self.options.debug:
             self._log(forward)
+
+    @property
+    def runs_eager(self) -> bool:
+        """Whether the call that has begun belongs to a context that is not worth compiling."""
+        forward = self._forward
+        return forward is not None and forward.name in self._eager_contexts
+
+    def _note_compilation(self, name: str | None) -> None:
+        """A call compiled. A context that compiles at every call, since something it holds is made anew, is left alone."""
+        if name is None:
+            return
+        self._compiled_in_a_row[name] = self._compiled_in_a_row.get(name, 0) + 1
+        if self._compiled_in_a_row[name] >= MAX_COMPILES_IN_A_ROW:
+            self._leave_context(name, "context_recompiles")
+
+    def _leave_context(self, name: str, why: str) -> None:
+        self._eager_contexts.add(name)
+        self.said.warn(why, context=name)
 
     def abort(self) -> None:
         """A call ended in an exception: the run counts as ended. Nothing measured is read, the device may be lost."""
@@ -356,8 +389,7 @@ class Session:
         forward.time = time if time is not None else graph.time(args)
         if self.runs is not None:
             self._ask_runs(self.runs)
-        name = context_names.get().get(id(self)) or self.named_context
-        tick = self.clock.tick(forward.time, name)
+        tick = self.clock.tick(forward.time, forward.name)
         forward.tick = tick
         if tick.broke:
             self.counters.refuse("pattern_broken")
@@ -655,6 +687,9 @@ class Session:
 
     def _said_why_uncached(self, forward: Forward) -> None:
         """A call in which no region ran: say so once, with the reason."""
+        if forward.name in self._eager_contexts:
+            self.counters.refuse("eager_context")
+            return
         reasons = [graph.report for graph in self.uncached_graphs]
         if self.capture is Capture.BLOCKS:
             key = "grad_mode" if torch.is_grad_enabled() else "no_region"
@@ -665,6 +700,11 @@ class Session:
         else:
             key = "no_region"
         self.counters.refuse(key)
+        if key == "no_region" and forward.name is not None and self.cached_graphs:
+            # Dynamo gave up code that the other contexts share
+            self._leave_context(forward.name, "context_apart")
+            self.must_trace_again = True
+            return
         if key == "no_region" and not self._holds_main_list() and self._tries_capture(reasons):
             return
         details = "; ".join(dict.fromkeys(report.refusal_text(self.options.language) for report in reasons))
@@ -672,12 +712,12 @@ class Session:
             raise NoBlocksError(text(key, self.options.language, details=details))
         self.said.warn(key, details=details)
 
-    def _count_uncached_step(self) -> None:
+    def _count_uncached_step(self, forward: Forward) -> None:
         """A call in which no region ran is a step of its run all the same."""
         time = self.call_time() if self.call_time is not None else None
         if time is None and not self.clock.manual:
             return
-        tick = self.clock.tick(time, context_names.get().get(id(self)) or self.named_context)
+        tick = self.clock.tick(time, forward.name)
         context = self.contexts.get(tick.context)
         if tick.fresh and context is not None:
             context.forget()
@@ -736,7 +776,8 @@ class Session:
         return (text("explain_blockwise", self.options.language, breaks="; ".join(self._breaks()) or "-"),)
 
     def trace_again(self) -> None:
-        """The model is about to be traced in another way: what is known of its graphs so far does not hold for it."""
+        """The model is about to be traced anew: what is known of its graphs so far does not hold for it."""
+        self.must_trace_again = False
         self.earlier_breaks = self._breaks()
         self.uncached_graphs.clear()
         self.cached_graphs.clear()
