@@ -24,6 +24,7 @@ RULES: Final = ("front_clock", "teacache", "first_block", "sigma")
 FORECASTS: Final = ("auto", "reuse", "taylor", "lagrange", "hermite", "adams_bashforth")
 LOWERINGS: Final = ("auto", "specialize", "pieces", "cond")
 MAX_ORDER: Final = 3
+DEFAULT_SKIP_INTERVAL: Final = 2
 DEFAULT_WARMUP_STEPS: Final = 3
 DEFAULT_TOLERANCE: Final = 0.1
 DEFAULT_MAX_CONSECUTIVE_HITS: Final = 4
@@ -48,7 +49,7 @@ class CacheOptions:
     comment behind it names.
     """
 
-    skip_interval: int = 2
+    skip_interval: int | None = DEFAULT_SKIP_INTERVAL  # None: the placement for a target speed-up
     warmup_steps: int | None = DEFAULT_WARMUP_STEPS  # None: the adaptive strategy
     strategy: str = "fixed"
     noise_scale: float = 0.001
@@ -178,6 +179,8 @@ def resolve_options(given: Mapping[str, object] | None = None) -> CacheOptions:
     filled = _global_values() | chosen
     if filled.get("strategy") in ("adaptive", *RULES):
         filled.setdefault("warmup_steps", None)
+        if filled.get("target_speedup") is not None:
+            filled.setdefault("skip_interval", None)
     options = CacheOptions(**filled)
     if options.start_percent > options.end_percent:
         allowed = f"start_percent <= end_percent (= {options.end_percent!r})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..options import DEFAULT_MAX_CONSECUTIVE_HITS, DEFAULT_WARMUP_STEPS
+from ..options import DEFAULT_MAX_CONSECUTIVE_HITS, DEFAULT_SKIP_INTERVAL, DEFAULT_WARMUP_STEPS
 from .adaptive import OWN_MAX_CONSECUTIVE_HITS, OWN_WARMUP_STEPS, ClockStrategy, PlacementStrategy
 from .decision import Decision, Reason, StepView, Strategy
 from .dynamic import Dynamic
@@ -30,7 +30,7 @@ class StrategyOptions(Protocol):
     @property
     def strategy(self) -> str: ...
     @property
-    def skip_interval(self) -> int: ...
+    def skip_interval(self) -> int | None: ...
     @property
     def warmup_steps(self) -> int | None: ...
     @property
@@ -53,7 +53,7 @@ def _or_else(given: int | None, default: int) -> int:
 
 def _fixed(options: StrategyOptions) -> Strategy:
     return Fixed(
-        skip_interval=options.skip_interval,
+        skip_interval=_or_else(options.skip_interval, DEFAULT_SKIP_INTERVAL),
         warmup_steps=_or_else(options.warmup_steps, DEFAULT_WARMUP_STEPS),
         max_consecutive_hits=_or_else(options.max_consecutive_hits, DEFAULT_MAX_CONSECUTIVE_HITS),
     )
@@ -61,7 +61,7 @@ def _fixed(options: StrategyOptions) -> Strategy:
 
 def _dynamic(options: StrategyOptions) -> Strategy:
     return Dynamic(
-        skip_interval=options.skip_interval,
+        skip_interval=_or_else(options.skip_interval, DEFAULT_SKIP_INTERVAL),
         warmup_steps=_or_else(options.warmup_steps, DEFAULT_WARMUP_STEPS),
         max_consecutive_hits=_or_else(options.max_consecutive_hits, DEFAULT_MAX_CONSECUTIVE_HITS),
     )
@@ -71,7 +71,7 @@ def _adaptive(options: StrategyOptions) -> Strategy:
     """By placement where a target is given, else by the clock; each chooses warm-up and bound where none is given."""
     if options.target_speedup is None:
         return ClockStrategy(
-            skip_interval=options.skip_interval,
+            skip_interval=_or_else(options.skip_interval, DEFAULT_SKIP_INTERVAL),
             warmup_steps=_or_else(options.warmup_steps, OWN_WARMUP_STEPS),
             max_consecutive_hits=_or_else(options.max_consecutive_hits, OWN_MAX_CONSECUTIVE_HITS),
             tolerance=options.tolerance,
@@ -92,7 +92,7 @@ def _by_threshold(rule: Callable[[int, int, int, float], Strategy]) -> Callable[
     def build(options: StrategyOptions) -> Strategy:
         warmup = _or_else(options.warmup_steps, OWN_WARMUP_STEPS)
         most = _or_else(options.max_consecutive_hits, OWN_MAX_CONSECUTIVE_HITS)
-        return rule(options.skip_interval, warmup, most, options.tolerance)
+        return rule(_or_else(options.skip_interval, DEFAULT_SKIP_INTERVAL), warmup, most, options.tolerance)
 
     return build
 

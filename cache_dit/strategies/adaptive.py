@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..options import DEFAULT_SKIP_INTERVAL
 from .decision import Decision, StepView
 from .placement import PlacementRules, first_steps, place_steps, turns_back
 
@@ -96,7 +97,7 @@ class PlacementStrategy:
         if self._is_placed(view) or (view.sigmas is not None and turns_back(view.sigmas, view.step)):
             return Decision(False, "placement")
         longest = self.rules.max_consecutive_hits
-        guarded = guard(view, self.rules.skip_interval, math.inf if longest is None else longest)
+        guarded = guard(view, self.rules.skip_interval or 1, math.inf if longest is None else longest)
         if guarded is not None:
             return guarded
         if view.last_increment is not None and not within_clock(view, DRIFT_BOUND * self.tolerance):
@@ -108,7 +109,7 @@ class PlacementStrategy:
             return True
         steps = view.run_length()
         if steps is None:
-            first = first_steps(self.rules.warmup_steps, self.rules.skip_interval)
+            first = first_steps(self.rules.warmup_steps, self.rules.skip_interval or DEFAULT_SKIP_INTERVAL)
             return view.step in first or (view.step > first[-1] and self._is_due(view.step - first[-1]))
         if view.step > steps:
             return self._is_due(view.step - steps - 1)

@@ -19,8 +19,8 @@ class PlacementRules:
     """Steps of the run / computed steps, at least 1."""
     warmup_steps: int
     """Steps at the start that compute."""
-    skip_interval: int
-    """How often a step may be skipped before the second computed one."""
+    skip_interval: int | None
+    """How often a step may be skipped before the second computed one; None: as `own_interval` has it."""
     max_consecutive_hits: int | None
     """Longest gap between computed steps, in skipped ones; None: no bound."""
     part: PartOfRun
@@ -32,6 +32,15 @@ class PlacementRules:
 def computed_count(num_steps: int, target_speedup: float) -> int:
     """How many steps are to compute: num_steps / target_speedup, rounded (a half down), at least 1."""
     return min(num_steps, max(1, math.ceil(num_steps / target_speedup - 0.5)))
+
+
+EARLY_SECOND = 8
+"""Computed steps of a run from which on the second one comes early, at step 3; fewer cannot spare one for the start."""
+
+
+def own_interval(wanted: int) -> int:
+    """The interval before the second computed step where none is given: 2, or none (1) where few steps compute."""
+    return 2 if wanted >= EARLY_SECOND else 1
 
 
 def first_steps(warmup_steps: int, skip_interval: int) -> list[int]:
@@ -114,7 +123,8 @@ def place_steps(rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...]
     if wanted == num_steps:
         return frozenset(range(1, num_steps + 1))
     levels = progress(num_steps, sigmas, rules.sigma_share)
-    start = first_steps(max(rules.warmup_steps, rules.part.first(num_steps) - 1), rules.skip_interval)
+    interval = own_interval(wanted) if rules.skip_interval is None else rules.skip_interval
+    start = first_steps(max(rules.warmup_steps, rules.part.first(num_steps) - 1), interval)
     end = range(max(1, rules.part.last(num_steps) + 1), num_steps + 1)
     must = {step for step in (*start, *end) if step <= num_steps}
     # indices from 0: the last of the first steps, and the first of those at the end

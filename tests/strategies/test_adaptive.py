@@ -318,3 +318,12 @@ def test_a_jump_back_of_the_levels_computes() -> None:
         assert 6 in computed(decisions)
     assert not turns_back(sigmas, 1)
     assert not turns_back([1.0, 1.0, 0.5], 2)
+
+
+@pytest.mark.parametrize(("target", "second"), [(2.0, 3), (3.0, 3), (4.0, 8), (7.0, 13)])
+def test_the_placements_own_start(target: float, second: int) -> None:
+    """An early second step where there are eight to compute; fewer are spread from the first on."""
+    strategy = adaptive(target_speedup=target)
+    decisions = simulate(strategy, 28, errors=QUIET, sigmas=shifted(28))
+    assert computed(decisions)[1] == second
+    assert len(computed(decisions)) == round(28 / target)
