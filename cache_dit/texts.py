@@ -200,6 +200,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "not corrected\n"
         "Remedy: cache_dit.new_run(model, sigmas=..., solver=..., prediction='flow'), with one of the solvers {solvers}",
     ),
+    "correction_memory": (
+        "模型的输入太大，无法保留到下一步，已跳过的步骤不会被修正\n解决方案: 不需要修正时使用 correction=False",
+        "The model's inputs are too large to be kept until the next step: skipped steps are not corrected\n"
+        "Remedy: correction=False says that none is wanted",
+    ),
     "correction_times": (
         "模型的时间步与给出的 sigmas 不一致，本次采样中已跳过的步骤不会被修正\n"
         "解决方案: 向 cache_dit.new_run 传入本次采样实际使用的 sigmas",

@@ -13,6 +13,7 @@ the output's size; so a forecast that was exact changes nothing, and a residual 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,9 @@ from .solvers import SolverStep
 
 BOUND = 2.0
 """Largest change of a skipped step's output: so many times the forecast's relative error, of the output's size."""
+
+FREE_BYTES = 2**26
+"""Inputs of a skipped step up to this size are kept in any case; beyond it no more than twice what the residuals take."""
 
 Rerun = Callable[[Sequence[Any], tuple[float, ...], int], Sequence[Any]]
 
@@ -48,7 +52,7 @@ class Past:
     # dD of the step before the next one, and of the step before the first skipped one
     deviation: torch.Tensor | None = None
     before_skipped: torch.Tensor | None = None
-    copies: dict[int, tuple[Any, int | None, torch.Tensor]] = field(default_factory=dict)
+    copies: dict[int, tuple[weakref.ref[torch.Tensor], int | None, torch.Tensor]] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Nothing remembered holds any more."""
@@ -68,11 +72,18 @@ class Past:
         """A copy, or the last one where the same tensor comes again unwritten (a prompt's embedding, positions)."""
         version = None if value.is_inference() else value._version
         known = self.copies.get(place)
-        if known is not None and version is not None and known[0] is value and known[1] == version:
+        if known is not None and version is not None and known[0]() is value and known[1] == version:
             return known[2]
         copy = value.clone()
-        self.copies[place] = (value, version, copy)
+        self.copies[place] = (weakref.ref(value), version, copy)
         return copy
+
+
+def bytes_to_keep(args: Sequence[Any], weights: Sequence[torch.Tensor]) -> int:
+    """Memory that the inputs of one skipped step take, weights left out."""
+    watched = set(map(id, weights))
+    kept = [value for value in args if isinstance(value, torch.Tensor) and id(value) not in watched]
+    return sum(value.numel() * value.element_size() for value in kept)
 
 
 def output_place(outputs: Sequence[Any]) -> int | None:

@@ -24,7 +24,7 @@ from ..texts import text
 from ..torch_internals import outside_inference_mode
 from .buffers import Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
-from .correction import correct, note_skipped, output_place
+from .correction import FREE_BYTES, bytes_to_keep, correct, note_skipped, output_place
 from .program import Cacheable, UncachedGraph
 from .solvers import SOLVERS, SolverStep, TimeCheck, solver_steps
 from .timing import CallTimer
@@ -332,6 +332,10 @@ class Session:
             self._refuse_correction("correction_outputs" if timely else "correction_times")
             return results
         if skip:
+            if bytes_to_keep(args, graph.watched(args)) > FREE_BYTES + 2 * store.bytes:
+                self._solver = None
+                self._refuse_correction("correction_memory")
+                return results
             kept = store.past.keep(args, graph.watched(args))
             changed = note_skipped(store.past, solver, point, kept, self._noise_key_of(tick), results[place])
         else:
@@ -551,6 +555,10 @@ class Session:
     def _solver_of_run(self) -> Sequence[SolverStep] | None:
         """The steps of this run's solver, where skipped ones are to be corrected and can be."""
         if not self.options.may_correct():
+            return None
+        if not self.owns_calls:
+            # under bare torch.compile nobody says where a call ends, so a graph may be a part of the model
+            self._refuse_correction("correction_outputs")
             return None
         clock = self.clock
         steps = solver_steps(clock.solver, clock.prediction, clock.sigmas, clock.num_steps)

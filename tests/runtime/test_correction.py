@@ -208,3 +208,36 @@ def test_a_residual_that_is_not_finite_corrects_nothing() -> None:
     assert float(correction._relative_error(measured, 2, (1.0,))) == 0.0
     measured[0] = 0.0
     assert float(correction._relative_error(measured, 2, (1.0,))) == pytest.approx((0.5 / 4.0) ** 0.5)
+
+
+def test_inputs_too_large_to_keep_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cache_dit.runtime import session
+
+    monkeypatch.setattr(session, "FREE_BYTES", -(2**40))
+    model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
+    with pytest.warns(CacheDitWarning, match="too large to be kept"):
+        _, outputs = sampled(model)
+    _, plain = sampled(cache_dit.enable_cache(tiny(), **OPTIONS, correction=False))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, plain, strict=True))
+
+
+def test_under_bare_torch_compile_nothing_is_corrected() -> None:
+    with pytest.warns(CacheDitWarning, match="only tensor of one graph"):
+        model = tiny()
+        compiled = torch.compile(model, backend="cache_dit", options={**OPTIONS, "correction": True})
+        with torch.no_grad():
+            compiled(noise(), torch.full((models.BATCH,), SIGMAS[0], dtype=torch.float64))
+
+
+def test_a_prompt_that_comes_again_is_copied_once_and_not_kept_alive() -> None:
+    past = correction.Past()
+    prompt, weight = torch.ones(3), torch.ones(2)
+    first = past.keep((prompt, weight, 7), [weight])
+    second = past.keep((prompt, weight, 7), [weight])
+    assert first[0] is second[0]
+    assert first[0] is not prompt
+    assert first[1] is weight
+    prompt.add_(1.0)
+    third = past.keep((prompt, weight, 7), [weight])
+    assert third[0] is not first[0]
+    assert float(first[0][0]) == 1.0
