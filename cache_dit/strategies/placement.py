@@ -25,7 +25,7 @@ class PlacementRules:
     """Longest gap between computed steps, in skipped ones; None: no bound."""
     part: PartOfRun
     """Steps outside it compute."""
-    sigma_share: float = 0.5
+    sigma_share: float = 0.75
     """What the distance between computed steps is made of: this much of it sigma, the rest steps."""
 
 

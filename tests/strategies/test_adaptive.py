@@ -166,7 +166,7 @@ def test_placement_is_even_in_sigma(target: float, expected: list[int]) -> None:
 
 def test_adaptive_placement_is_a_mean_of_even_sigma_and_even_steps() -> None:
     decisions = simulate(adaptive(target_speedup=4.0, skip_interval=1), 28, errors=QUIET, sigmas=shifted(28))
-    assert computed(decisions) == [1, 7, 12, 17, 21, 24, 27]
+    assert computed(decisions) == [1, 8, 14, 19, 22, 25, 27]
     levels = progress(28, shifted(28), 0.5)
     assert levels[0] == 0.0
     assert levels[-1] == 1.0
@@ -191,7 +191,7 @@ def test_placement_on_a_linear_grid_is_every_nth(falling: bool) -> None:
         assert computed(decisions) == list(range(1, 29, 4))
 
 
-@pytest.mark.parametrize(("interval", "start"), [(1, [1, 7]), (2, [1, 3]), (3, [1, 2]), (10, [1, 2])])
+@pytest.mark.parametrize(("interval", "start"), [(1, [1, 8]), (2, [1, 3]), (3, [1, 2]), (10, [1, 2])])
 def test_second_computed_step_is_the_first_that_the_interval_does_not_let_skip(interval: int, start: list[int]) -> None:
     strategy = adaptive(target_speedup=4.0, skip_interval=interval)
     decisions = simulate(strategy, 28, errors=QUIET, sigmas=shifted(28))
@@ -320,7 +320,7 @@ def test_a_jump_back_of_the_levels_computes() -> None:
     assert not turns_back([1.0, 1.0, 0.5], 2)
 
 
-@pytest.mark.parametrize(("target", "second"), [(2.0, 3), (3.0, 3), (4.0, 7), (7.0, 11)])
+@pytest.mark.parametrize(("target", "second"), [(2.0, 3), (3.0, 3), (4.0, 8), (7.0, 13)])
 def test_the_placements_own_start(target: float, second: int) -> None:
     """An early second step where there are eight to compute; fewer are spread from the first on."""
     strategy = adaptive(target_speedup=target)
