@@ -14,10 +14,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TREE := build/typecheck
 
-.PHONY: help install demo test lint typecheck pytest test-comfy coverage bench clean
+.PHONY: help install demo test lint typecheck pytest test-comfy coverage bench quality quality-full clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## the environment and the package, editable
 
@@ -63,6 +63,12 @@ coverage: $(STAMP)  ## every transformer class of diffusers; writes docs/coverag
 
 bench: $(STAMP)  ## measure speed and quality
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+quality: $(STAMP)  ## what each rule does to the pictures: the named part, half an hour; ARGS="--ci" minutes
+	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+quality-full: $(STAMP)  ## the whole crossing of factors, hours; goes on where it was stopped
+	$(BIN)/python benchmarks/quality.py --full $(ARGS)
 
 clean:  ## remove what was built, the environment too
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -256,7 +256,7 @@ def new_run(
         raise ValueError(f"prediction={prediction!r}: 'flow', 'epsilon', 'v' or None is wanted")
     for session in _required_sessions(model):
         with session.lock:
-            session.new_run(steps, levels)
+            session.new_run(steps, levels, solver, prediction)
 
 
 def _checked_steps(num_steps: object) -> int | None:

@@ -215,7 +215,12 @@ def _rewrite(
     controls = passes.control_inputs(graph, region)
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
     branch = passes.BranchOptions(
-        program.history, program.noise, program.front_clock, program.residual_dtype, program.residual_device
+        program.history,
+        program.noise,
+        program.front_clock,
+        program.residual_dtype,
+        program.residual_device,
+        program.front_anchored,
     )
     inputs = passes.insert_cache_branch(graph, region, branch)
     record_rewrite("insert_cache_branch", 1, graph)

@@ -102,7 +102,12 @@ class Blockwise:
             graph,
             region,
             passes.BranchOptions(
-                program.history, program.noise, program.front_clock, program.residual_dtype, program.residual_device
+                program.history,
+                program.noise,
+                program.front_clock,
+                program.residual_dtype,
+                program.residual_device,
+                program.front_anchored,
             ),
         )
         if self.report.region is None:

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     import torch
 
 STRATEGIES: Final = ("fixed", "dynamic", "adaptive")
+RULES: Final = ("front_clock", "teacache", "first_block", "sigma")
+"""Rules that `strategy` takes as well, for comparison: thresholds are `tolerance`, `sigma` goes by `target_speedup`."""
 FORECASTS: Final = ("auto", "reuse", "taylor", "lagrange", "hermite", "adams_bashforth")
 LOWERINGS: Final = ("auto", "specialize", "pieces", "cond")
 MAX_ORDER: Final = 3
+DEFAULT_SKIP_INTERVAL: Final = 2
 DEFAULT_WARMUP_STEPS: Final = 3
 DEFAULT_TOLERANCE: Final = 0.1
 DEFAULT_CONTROL_REFRESH: Final = 0.1
@@ -48,7 +51,7 @@ class CacheOptions:
     comment behind it names.
     """
 
-    skip_interval: int = 2
+    skip_interval: int | None = DEFAULT_SKIP_INTERVAL  # None: the placement for a target speed-up
     warmup_steps: int | None = DEFAULT_WARMUP_STEPS  # None: the adaptive strategy
     strategy: str = "fixed"
     noise_scale: float = 0.001
@@ -75,6 +78,14 @@ class CacheOptions:
     strict: bool = False
     language: str | None = None  # None: CACHE_DIT_LANG where a text is made
 
+    def may_correct(self) -> bool:
+        """Whether skipped steps are corrected where the run's solver allows it."""
+        return self.correction is True or (self.correction == "auto" and self.strategy == "adaptive" and self.schedule is None)
+
+    def history(self) -> int:
+        """Residuals kept: as many as the forecast needs, and two at least to interpolate between where steps are corrected."""
+        return max(1 if self.forecast == "reuse" else self.order + 1, 2 if self.may_correct() else 1)
+
     def program(self) -> ProgramOptions:
         """Return the part of the options that changes the compiled program."""
         return ProgramOptions(
@@ -83,9 +94,10 @@ class CacheOptions:
             residual_dtype=self.residual_dtype,
             residual_device=None if self.residual_device is None else str(self.residual_device),
             region=self.region,
-            history=1 if self.forecast == "reuse" else self.order + 1,
+            history=self.history(),
             noise=self.noise_scale > 0.0,
-            front_clock=self.strategy == "adaptive" and self.schedule is None,
+            front_clock=self.strategy in ("adaptive", *RULES) and self.strategy != "sigma" and self.schedule is None,
+            front_anchored=self.strategy == "first_block" and self.schedule is None,
             lowering=self.lowering,
             inner=self.inner,
             inner_options=tuple(sorted((self.inner_options or {}).items(), key=lambda item: item[0])),
@@ -110,6 +122,8 @@ class ProgramOptions:
     noise: bool
     front_clock: bool
     """Whether the program measures the change of the front's output for the adaptive strategy."""
+    front_anchored: bool
+    """Whether that change is measured against the last computed step instead of the last one."""
     lowering: str
     inner: str | Callable[..., Any]
     inner_options: tuple[tuple[str, Any], ...]
@@ -166,8 +180,10 @@ def resolve_options(given: Mapping[str, object] | None = None) -> CacheOptions:
             raise TypeError(_unknown_option(name, value, language))
     chosen = {name: _checked(name, value, _RULES[name], language) for name, value in given.items() if value is not None}
     filled = _global_values() | chosen
-    if filled.get("strategy") == "adaptive":
+    if filled.get("strategy") in ("adaptive", *RULES):
         filled.setdefault("warmup_steps", None)
+        if filled.get("target_speedup") is not None:
+            filled.setdefault("skip_interval", None)
     options = CacheOptions(**filled)
     if options.start_percent > options.end_percent:
         allowed = f"start_percent <= end_percent (= {options.end_percent!r})"
@@ -399,7 +415,8 @@ _BOOL: Final = _Rule("bool", _accept_bool)
 _RULES: Final[dict[str, _Rule]] = {
     "skip_interval": _integer(1),
     "warmup_steps": _integer(0),
-    "strategy": _one_of(STRATEGIES),
+    # the rules for comparison are no recommendation: a wrong name is answered with the strategies
+    "strategy": _Rule(_one_of(STRATEGIES).allowed, _one_of((*STRATEGIES, *RULES)).accept),
     "noise_scale": _number(0, 1),
     "enable_stats": _BOOL,
     "debug": _BOOL,

@@ -200,9 +200,28 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "lowering='{wanted}' 尚不可用，改用 '{used}'",
         "lowering='{wanted}' is not available yet; '{used}' is used instead",
     ),
-    "correction_unbuilt": (
-        "correction=True 尚不可用: 已跳过的步骤不会被修正",
-        "correction=True is not available yet: skipped steps are not corrected",
+    "correction_unknown": (
+        "本次采样的噪声水平、求解器或预测类型未知（或求解器带随机噪声），已跳过的步骤不会被修正\n"
+        "解决方案: 调用 cache_dit.new_run(model, sigmas=..., solver=..., prediction='flow')，求解器可为 {solvers}",
+        "Noise levels, solver or prediction type of this run are not known, or its solver draws noise: skipped steps are "
+        "not corrected\n"
+        "Remedy: cache_dit.new_run(model, sigmas=..., solver=..., prediction='flow'), with one of the solvers {solvers}",
+    ),
+    "correction_memory": (
+        "模型的输入太大，无法保留到下一步，已跳过的步骤不会被修正\n解决方案: 不需要修正时使用 correction=False",
+        "The model's inputs are too large to be kept until the next step: skipped steps are not corrected\n"
+        "Remedy: correction=False says that none is wanted",
+    ),
+    "correction_times": (
+        "模型的时间步与给出的 sigmas 不一致，本次采样中已跳过的步骤不会被修正\n"
+        "解决方案: 向 cache_dit.new_run 传入本次采样实际使用的 sigmas",
+        "The model's timesteps do not go with the sigmas that were given: skipped steps of this run are not corrected\n"
+        "Remedy: give cache_dit.new_run the sigmas that the run uses",
+    ),
+    "correction_outputs": (
+        "模型的输出不是单个图的单个张量，已跳过的步骤不会被修正\n解决方案: 不需要修正时使用 correction=False",
+        "The model's output is not the only tensor of one graph: skipped steps are not corrected\n"
+        "Remedy: correction=False says that none is wanted",
     ),
     "inner_failed": (
         "内部编译器 {inner} 失败（{why}）；图将以 eager 方式运行，缓存照常工作\n"

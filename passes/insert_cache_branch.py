@@ -29,6 +29,8 @@ class BranchOptions:
     front_clock: bool = False
     residual_dtype: torch.dtype | None = None
     residual_device: str | None = None
+    # the front's change is measured against the last computed step instead of the last one
+    front_anchored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ def insert_cache_branch(gm: fx.GraphModule, region: Region, options: BranchOptio
         operands = (*placeholders.values(), *call.args)
         cond = graph.call_function(torch.ops.higher_order.cond, (pred, *branches, operands))
         measured = graph.call_function(operator.getitem, (cond, len(region.live_outs)))
-        extra = [measured] if front is None else [measured, _front_clock(graph, region, call, front, inputs)]
+        anchor = pred if options.front_anchored else None
+        extra = [measured] if front is None else [measured, _front_clock(graph, region, call, front, inputs, anchor)]
     measured.meta["example_value"] = example_of(placeholders["measured"])
     cond.meta = dict(call.meta)
     call.replace_all_uses_with(cond)
@@ -164,12 +167,21 @@ def _add_placeholders(graph: fx.Graph, inputs: CacheInputs, like: torch.Tensor) 
     return placeholders
 
 
-def _front_clock(graph: fx.Graph, region: Region, call: fx.Node, front: fx.Node, inputs: CacheInputs) -> fx.Node:
-    """Measure how far the front's output moved since the last step, and keep it for the next one."""
+def _front_clock(
+    graph: fx.Graph, region: Region, call: fx.Node, front: fx.Node, inputs: CacheInputs, anchor: fx.Node | None
+) -> fx.Node:
+    """Measure how far the front's output moved since the last step, and keep it for the next one.
+
+    With an anchor, the predicate, only a computed step's is kept.
+    """
     tracer = proxies_of(graph)
     source = next(node for node in call.args if isinstance(node, fx.Node) and node.name == _front_of(region).name)
-    now, before = fx.Proxy(source, tracer), fx.Proxy(front, tracer)
+    now: Any = fx.Proxy(source, tracer)
+    before: Any = fx.Proxy(front, tracer)
     change: Any = torch.stack(residual_math.relative_change(now, before, inputs.accumulate))
+    if anchor is not None:
+        pred: Any = fx.Proxy(anchor, tracer)
+        now = torch.where(pred, now, before)
     before.copy_(now)
     node: fx.Node = change.node
     return node

@@ -13,7 +13,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -126,6 +126,35 @@ def leave_module(module: torch.nn.Module) -> None:
         delattr(module, _REGISTRY)
 
 
+class _Kind(NamedTuple):
+    """What a scheduler does, as long as its configuration is as `needs` says: name, and the values allowed."""
+
+    solver: str
+    prediction: str | None
+    needs: tuple[tuple[str, tuple[object, ...]], ...] = ()
+
+
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
+# Schedulers whose steps are those of a solver in `runtime.solvers` (diffusers 0.37 to 0.42). Others may draw noise.
+_SCHEDULERS = {
+    "FlowMatchEulerDiscreteScheduler": _Kind("euler", "flow", (("stochastic_sampling", (False, None)),)),
+    "EulerDiscreteScheduler": _Kind("euler", None, (("final_sigmas_type", ("zero", None)),)),
+    "DPMSolverMultistepScheduler": _Kind(
+        "dpmpp_2m",
+        None,
+        (
+            ("algorithm_type", ("dpmsolver++",)),
+            ("solver_order", (2,)),
+            ("solver_type", ("midpoint",)),
+            ("thresholding", (False,)),
+            ("euler_at_final", (False,)),
+            ("lower_order_final", (True,)),
+            ("prediction_type", ("epsilon", "flow_prediction")),
+        ),
+    ),
+}
+
+
 class PipelineRuns:
     """What a pipeline's scheduler and guider tell about the run: its start, number of steps, noise levels and contexts."""
 
@@ -156,6 +185,17 @@ class PipelineRuns:
             return steps, None
         levels = tuple(sigmas[begin:].tolist())
         return steps, levels if steps is not None and len(levels) == steps + 1 else None
+
+    def solver(self) -> tuple[str | None, str | None]:
+        """Solver and prediction type of the run that begins, by their names for `new_run`; None where they are not known."""
+        scheduler = self._scheduler()
+        config = getattr(scheduler, "config", None)
+        kind = _SCHEDULERS.get(type(scheduler).__name__)
+        if kind is None or not isinstance(config, Mapping):
+            return None, None
+        if any(config.get(key) not in allowed for key, allowed in kind.needs):
+            return None, None
+        return kind.solver, kind.prediction or _PREDICTIONS.get(str(config.get("prediction_type")))
 
     def context(self) -> str | None:
         """Which of the predictions that a guider combines is being made: it counts those of a step."""

@@ -13,6 +13,7 @@ from ..forecasts import Point
 from ..passes.insert_cache_branch import CacheInputs
 from ..passes.residual_math import statistics_length
 from ..torch_internals import outside_inference_mode, write_counters
+from .correction import Past
 
 Sizes = tuple[tuple[int, ...], ...]
 
@@ -50,6 +51,9 @@ class ResidualStore:
     front_known: bool = False
     errors: dict[str, float] = field(default_factory=dict)
     controls: ControlMark | None = None
+    past: Past = field(default_factory=Past)
+    # where a skipped step that runs again may leave its front
+    scratch: torch.Tensor | None = None
 
     @property
     def bytes(self) -> int:
@@ -81,6 +85,7 @@ class ResidualStore:
         self.front_known = False
         self.errors.clear()
         self.controls = None
+        self.past.forget()
 
     def drop_newest(self, measured: torch.Tensor) -> None:
         """The newest residual turned out not to be finite: take it out of the forecasts. ``measured`` holds without it."""

@@ -118,28 +118,56 @@ class StepClock:
     manual: bool = False
     num_steps: int | None = None
     sigmas: tuple[float, ...] | None = None
+    solver: str | None = None
+    prediction: str | None = None
     _jumps: Jumps = ()
     _unnamed: _Unnamed | None = None
     _named: dict[str, _Named] = field(default_factory=dict)
 
-    def new_run(self, num_steps: int | None = None, sigmas: Sequence[float] | None = None) -> None:
+    def new_run(
+        self,
+        num_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        solver: str | None = None,
+        prediction: str | None = None,
+    ) -> None:
         """Begin a new run with the next call; what was given for the last run is forgotten."""
         self.end_run()
         self.manual = True
-        self.announce(num_steps, sigmas)
+        self.announce(num_steps, sigmas, solver, prediction)
 
-    def announce(self, num_steps: int | None, sigmas: Sequence[float] | None) -> None:
-        """Note the number of steps and the noise levels of the run that the next call begins."""
+    def announce(
+        self,
+        num_steps: int | None,
+        sigmas: Sequence[float] | None,
+        solver: str | None = None,
+        prediction: str | None = None,
+    ) -> None:
+        """Note the number of steps, noise levels, solver and prediction type of the run that the next call begins."""
+        self.solver, self.prediction = solver, prediction
         self.sigmas = None if sigmas is None else tuple(float(sigma) for sigma in sigmas)
         # a run does not go back to where it began: that is the next one
         self._jumps = listed_jumps(self.sigmas or ())
         self.num_steps = num_steps if num_steps is not None else (len(self.sigmas) - 1 if self.sigmas else None)
 
+    @property
+    def restarts(self) -> bool:
+        """Whether the list of noise levels goes back somewhere."""
+        return bool(self._jumps)
+
+    def jumps_back(self, step: int) -> bool:
+        """Whether the listed noise level of a step, from 1, goes against the direction of the list."""
+        levels = self.sigmas
+        if not self._jumps or levels is None or not 1 < step < len(levels):
+            return False
+        before, now = levels[step - 2], levels[step - 1]
+        return now != before and (now > before) != (levels[-1] > levels[0])
+
     def end_run(self) -> None:
         """Forget where the run was: the next call begins a new one."""
         self._unnamed = None
         self._named.clear()
-        self._jumps, self.sigmas, self.num_steps = (), None, None
+        self._forget_schedule()
 
     def forget_context(self, name: ContextKey) -> None:
         """Drop a named context: its next call begins a run in it."""
@@ -219,3 +247,4 @@ class StepClock:
     def _forget_schedule(self) -> None:
         """A run that nobody announced has no known sigmas or number of steps: those of the last one are not its own."""
         self.sigmas, self.num_steps, self._jumps = None, None, ()
+        self.solver = self.prediction = None

@@ -24,7 +24,9 @@ from ..texts import text
 from ..torch_internals import outside_inference_mode
 from .buffers import ControlMark, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
+from .correction import FREE_BYTES, bytes_to_keep, correct, note_skipped, output_place
 from .program import Cacheable, UncachedGraph
+from .solvers import SOLVERS, SolverStep, TimeCheck, solver_steps
 from .timing import CallTimer
 
 # Forecasts that 'auto' compares: all of them use the residuals that the others need too.
@@ -62,6 +64,8 @@ class RunSource(Protocol):
     def schedule(self) -> tuple[int | None, tuple[float, ...] | None]:
         """Number of steps and noise levels of the run that begins."""
 
+    def solver(self) -> tuple[str | None, str | None]:
+        """Its solver and prediction type, by their names for `new_run`."""
     def context(self) -> str | None:
         """The name of the call's context where it is known."""
 
@@ -163,6 +167,10 @@ class Session:
         self._looked_at_controls = False
         self._controls: dict[tuple[object, ...], torch.Tensor] = {}
         self._compiles_seen = 0
+        # the steps of the run's solver, where skipped ones are corrected; None costs nothing
+        self._solver: Sequence[SolverStep] | None = None
+        self._time_check: TimeCheck | None = None
+        self._several_graphs = False
         # set where the same way of tracing has to begin anew
         self.must_trace_again = False
         # contexts that run in eager since compiling them does harm, and how often each of the others compiled in a row
@@ -186,6 +194,7 @@ class Session:
         if forward is None:
             return
         counters.calls += 1
+        self._several_graphs = forward.computed + forward.skipped + forward.uncached > 1
         hit = forward.skipped > 0
         counters.hits += hit
         compiled = counters.compiles != self._compiles_seen
@@ -245,10 +254,16 @@ class Session:
         for context in self.contexts.values():
             self._forget(context)
 
-    def new_run(self, num_steps: int | None, sigmas: Sequence[float] | None) -> None:
+    def new_run(
+        self,
+        num_steps: int | None,
+        sigmas: Sequence[float] | None,
+        solver: str | None = None,
+        prediction: str | None = None,
+    ) -> None:
         """The user says that the next call begins a new run."""
         self.end_run()
-        self.clock.new_run(num_steps, sigmas)
+        self.clock.new_run(num_steps, sigmas, solver, prediction)
 
     # ---- a graph within a call ---------------------------------------------------------------------------------
 
@@ -308,6 +323,7 @@ class Session:
         if graph.controls:
             skip = self._heeds_controls(forward, store, [args[i] for i in graph.controls], skip)
         point = Point(forward.tick.step, forward.time)
+        before = store.points
         flat = (*args, *self._cache_operands(graph, store, point, forward.tick, skip), *store.operands())
         outputs = (graph.programs.reuse if skip else graph.programs.compute)(flat)
         if skip:
@@ -315,11 +331,74 @@ class Session:
         else:
             forward.computed += 1
             store.computed(point, outputs[graph.outputs])
+            if self.clock.jumps_back(forward.tick.step):
+                # the sampler has added noise: no line through what was before it
+                store.points = store.points[:1]
         if store.front is not None:
             store.change = outputs[graph.outputs + 1] if store.front_known else None
             store.front_known = True
         store.last_step = forward.tick.step
-        return outputs[: graph.outputs]
+        results = outputs[: graph.outputs]
+        if self._solver is not None and forward.tick.step <= len(self._solver):
+            return self._corrected(self._solver, forward.tick, store, graph, args, point, before, results, skip)
+        return results
+
+    def _corrected(
+        self,
+        solver: Sequence[SolverStep],
+        tick: Tick,
+        store: ResidualStore,
+        graph: Cacheable,
+        args: Sequence[Any],
+        point: Point,
+        before: tuple[Point, ...],
+        results: Sequence[Any],
+        skip: bool,
+    ) -> Sequence[Any]:
+        """Remember a skipped step, or put the ones before a computed step right."""
+        place = output_place(results)
+        timely = self._time_check is None or self._time_check.agrees(tick.step, point.time)
+        if place is None or self._several_graphs or not timely:
+            self._solver = None
+            self._refuse_correction("correction_outputs" if timely else "correction_times")
+            return results
+        if skip:
+            if bytes_to_keep(args, graph.watched(args)) > FREE_BYTES + 2 * store.bytes:
+                self._solver = None
+                self._refuse_correction("correction_memory")
+                return results
+            kept = store.past.keep(args, graph.watched(args))
+            changed = note_skipped(store.past, solver, point, kept, self._noise_key_of(tick), results[place])
+        else:
+            changed = self._put_right(solver, store, graph, point, before, results[place], place)
+        return (*results[:place], changed, *results[place + 1 :])
+
+    def _put_right(
+        self,
+        solver: Sequence[SolverStep],
+        store: ResidualStore,
+        graph: Cacheable,
+        point: Point,
+        before: tuple[Point, ...],
+        output: torch.Tensor,
+        place: int,
+    ) -> torch.Tensor:
+        inputs = graph.inputs
+        if store.front is not None and store.scratch is None:
+            with outside_inference_mode():
+                store.scratch = torch.zeros_like(store.front)
+        front = [] if store.scratch is None else [store.scratch]
+        residuals = [buffer for history in store.residuals for buffer in history]
+        reads = (self._constant((False,), torch.bool, inputs.device), inputs.accumulate, inputs.device)
+
+        def rerun(kept: Sequence[Any], weights: tuple[float, ...], key: int) -> Sequence[Any]:
+            padded = (*weights, *([0.0] * (inputs.history - len(weights))), self.options.noise_scale)
+            control = self._constant(padded, *reads[1:])
+            keys = self._constant((key,), torch.int64, inputs.device)
+            return graph.programs.reuse((*kept, reads[0], control, keys, store.measured, *front, *residuals))
+
+        used = FORECASTS[self._forecast_name(store)].weights(before, point, self.options.order) if before else ()
+        return correct(store.past, solver, store.points, store.measured, inputs.history, used, rerun, place, output)
 
     def _heeds_controls(
         self, forward: Forward, store: ResidualStore, tensors: Sequence[torch.Tensor], skip: bool
@@ -399,7 +478,7 @@ class Session:
         if runs.starts_run():
             self.end_run()
         if not self.clock.running and self.runs_whole_schedule and self.clock.sigmas is None:
-            self.clock.announce(*runs.schedule())
+            self.clock.announce(*runs.schedule(), *runs.solver())
 
     def _drop_other_contexts(self) -> None:
         for context in self.contexts.values():
@@ -491,6 +570,7 @@ class Session:
         self.counters.runs += 1
         # read, not drawn: the noise follows the user's seed and leaves the generator where it is
         self._noise_seed = torch.initial_seed()
+        self._solver = self._solver_of_run()
         self._said_about_run()
 
     def _decision_of(self, step: int, forward: Forward, context: Context, store: ResidualStore) -> Decision:
@@ -532,6 +612,27 @@ class Session:
         if not store.points or store.points[0].step != step - 1:
             context.clock += context.last_increment
 
+    def _solver_of_run(self) -> Sequence[SolverStep] | None:
+        """The steps of this run's solver, where skipped ones are to be corrected and can be."""
+        if not self.options.may_correct():
+            return None
+        if not self.owns_calls:
+            # under bare torch.compile nobody says where a call ends, so a graph may be a part of the model
+            self._refuse_correction("correction_outputs")
+            return None
+        clock = self.clock
+        steps = solver_steps(clock.solver, clock.prediction, clock.sigmas, clock.num_steps)
+        if steps is None:
+            self._refuse_correction("correction_unknown")
+        elif clock.sigmas is not None and clock.prediction is not None:
+            self._time_check = TimeCheck(clock.sigmas, clock.prediction)
+        return steps
+
+    def _refuse_correction(self, key: str) -> None:
+        """Skipped steps stay as they are in this run: said where the user asked for correction by name."""
+        if self.options.correction is True:
+            self.said.warn(key, solvers=", ".join(map(repr, SOLVERS)))
+
     def _said_about_run(self) -> None:
         options = self.options
         if self.clock.num_steps is None and (options.start_percent > 0.0 or options.end_percent < 1.0):
@@ -539,9 +640,8 @@ class Session:
         warmup, steps = options.warmup_steps, self.clock.num_steps
         if options.schedule is None and warmup is not None and steps is not None and steps <= warmup:
             self.said.warn("few_steps", steps=steps, warmup=warmup)
-        if options.correction is True:
-            self.said.warn("correction_unbuilt")
-        if options.target_speedup is not None and (options.strategy != "adaptive" or options.schedule is not None):
+        places = options.strategy in ("adaptive", "sigma") and options.schedule is None
+        if options.target_speedup is not None and not places:
             self.said.warn("target_speedup_unused")
         for key in self.strategy.notes():
             self.said.warn(key)
@@ -550,7 +650,10 @@ class Session:
 
     def _forecast_name(self, store: ResidualStore) -> str:
         wanted = self.options.forecast
-        return choose_forecast(store.errors) if wanted == "auto" else wanted
+        if wanted != "auto":
+            return wanted
+        # where the sampler adds noise again, what a forecast erred by before says nothing of what follows
+        return "reuse" if self.clock.restarts else choose_forecast(store.errors)
 
     def _read_all(self, context: Context) -> None:
         for store in context.stores.values():
@@ -597,8 +700,7 @@ class Session:
         if skip:
             forecast = FORECASTS[self._forecast_name(store)]
             weights = forecast.weights(store.points, point, self.options.order)
-            if self.options.noise_scale > 0.0:
-                key = noise_key(self._noise_seed, tick.step, tick.context)
+            key = self._noise_key_of(tick)
         padded = (*weights, *([0.0] * (inputs.history - len(weights))), self.options.noise_scale)
         return (
             self._constant((not skip,), torch.bool, inputs.device),
@@ -606,6 +708,9 @@ class Session:
             self._constant((key,), torch.int64, inputs.device),
             store.measured,
         )
+
+    def _noise_key_of(self, tick: Tick) -> int:
+        return noise_key(self._noise_seed, tick.step, tick.context) if self.options.noise_scale > 0.0 else 0
 
     def _constant(self, values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A small tensor on the device, made once for each value: every run needs the same ones again."""

@@ -1,6 +1,7 @@
 """Which steps of a run are skipped: step -> decision, from nothing but the step's `StepView`.
 
-A new strategy is one new file and one line in `STRATEGIES`.
+A new rule is one new file and one line here (and its name among those that the option takes). `STRATEGIES` are for users,
+`RULES` are published ones that they are compared with.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..options import DEFAULT_MAX_CONSECUTIVE_HITS, DEFAULT_WARMUP_STEPS
+from ..options import DEFAULT_MAX_CONSECUTIVE_HITS, DEFAULT_SKIP_INTERVAL, DEFAULT_WARMUP_STEPS
 from .adaptive import OWN_MAX_CONSECUTIVE_HITS, OWN_WARMUP_STEPS, ClockStrategy, PlacementStrategy
 from .decision import Decision, Reason, StepView, Strategy
 from .dynamic import Dynamic
+from .first_block import FirstBlock
 from .fixed import Fixed
 from .part_of_run import PartOfRun, WithinPart
 from .placement import PlacementRules
 from .schedule import Schedule
+from .sigma import sigma_spaced
+from .teacache import TeaCache
 
-__all__ = ["STRATEGIES", "Decision", "Reason", "StepView", "Strategy", "StrategyOptions", "build_strategy"]
+__all__ = ["RULES", "STRATEGIES", "Decision", "Reason", "StepView", "Strategy", "StrategyOptions", "build_strategy"]
 
 
 class StrategyOptions(Protocol):
@@ -26,7 +30,7 @@ class StrategyOptions(Protocol):
     @property
     def strategy(self) -> str: ...
     @property
-    def skip_interval(self) -> int: ...
+    def skip_interval(self) -> int | None: ...
     @property
     def warmup_steps(self) -> int | None: ...
     @property
@@ -49,7 +53,7 @@ def _or_else(given: int | None, default: int) -> int:
 
 def _fixed(options: StrategyOptions) -> Strategy:
     return Fixed(
-        skip_interval=options.skip_interval,
+        skip_interval=_or_else(options.skip_interval, DEFAULT_SKIP_INTERVAL),
         warmup_steps=_or_else(options.warmup_steps, DEFAULT_WARMUP_STEPS),
         max_consecutive_hits=_or_else(options.max_consecutive_hits, DEFAULT_MAX_CONSECUTIVE_HITS),
     )
@@ -57,7 +61,7 @@ def _fixed(options: StrategyOptions) -> Strategy:
 
 def _dynamic(options: StrategyOptions) -> Strategy:
     return Dynamic(
-        skip_interval=options.skip_interval,
+        skip_interval=_or_else(options.skip_interval, DEFAULT_SKIP_INTERVAL),
         warmup_steps=_or_else(options.warmup_steps, DEFAULT_WARMUP_STEPS),
         max_consecutive_hits=_or_else(options.max_consecutive_hits, DEFAULT_MAX_CONSECUTIVE_HITS),
     )
@@ -67,7 +71,7 @@ def _adaptive(options: StrategyOptions) -> Strategy:
     """By placement where a target is given, else by the clock; each chooses warm-up and bound where none is given."""
     if options.target_speedup is None:
         return ClockStrategy(
-            skip_interval=options.skip_interval,
+            skip_interval=_or_else(options.skip_interval, DEFAULT_SKIP_INTERVAL),
             warmup_steps=_or_else(options.warmup_steps, OWN_WARMUP_STEPS),
             max_consecutive_hits=_or_else(options.max_consecutive_hits, OWN_MAX_CONSECUTIVE_HITS),
             tolerance=options.tolerance,
@@ -82,10 +86,28 @@ def _adaptive(options: StrategyOptions) -> Strategy:
     return PlacementStrategy(rules, options.tolerance)
 
 
+def _by_threshold(rule: Callable[[int, int, int, float], Strategy]) -> Callable[[StrategyOptions], Strategy]:
+    """A rule whose threshold is `tolerance`, with warm-up and bound as the clock has them where none is given."""
+
+    def build(options: StrategyOptions) -> Strategy:
+        warmup = _or_else(options.warmup_steps, OWN_WARMUP_STEPS)
+        most = _or_else(options.max_consecutive_hits, OWN_MAX_CONSECUTIVE_HITS)
+        return rule(_or_else(options.skip_interval, DEFAULT_SKIP_INTERVAL), warmup, most, options.tolerance)
+
+    return build
+
+
 STRATEGIES: dict[str, Callable[[StrategyOptions], Strategy]] = {
     "fixed": _fixed,
     "dynamic": _dynamic,
     "adaptive": _adaptive,
+}
+
+RULES: dict[str, Callable[[StrategyOptions], Strategy]] = {
+    "front_clock": _by_threshold(ClockStrategy),
+    "teacache": _by_threshold(TeaCache),
+    "first_block": _by_threshold(FirstBlock),
+    "sigma": lambda options: sigma_spaced(options.target_speedup or 2.0),
 }
 
 
@@ -95,9 +117,10 @@ def build_strategy(options: StrategyOptions) -> Strategy:
     A `schedule` overrides the strategy, its warm-up and `max_consecutive_hits`. `start_percent` and `end_percent` bind
     any of them in runs whose number of steps is known. Raises `ValueError` for a strategy that is not in `STRATEGIES`.
     """
-    if options.strategy not in STRATEGIES:
+    rules = STRATEGIES | RULES
+    if options.strategy not in rules:
         known = ", ".join(map(repr, STRATEGIES))
         raise ValueError(f"strategy={options.strategy!r} is not known; choose one of {known}")
-    strategy = STRATEGIES[options.strategy](options) if options.schedule is None else Schedule(tuple(options.schedule))
+    strategy = rules[options.strategy](options) if options.schedule is None else Schedule(tuple(options.schedule))
     part = PartOfRun(options.start_percent, options.end_percent)
     return strategy if part.is_whole() else WithinPart(strategy, part)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..options import DEFAULT_SKIP_INTERVAL
 from .decision import Decision, StepView
-from .placement import PlacementRules, first_steps, place_steps
+from .placement import PlacementRules, first_steps, place_steps, turns_back
 
 OWN_WARMUP_STEPS = 2
 """Warm-up of the clock where none is given: the front's first change is measured at step 2."""
@@ -35,14 +36,14 @@ def guard(view: StepView, skip_interval: int, max_consecutive_hits: float) -> De
     return None if view.forecast_error <= ERROR_BOUND else Decision(False, "error_guard")
 
 
-def within_clock(view: StepView, bound: float) -> bool:
+def within_clock(view: StepView, bound: float, look_ahead: float = LOOK_AHEAD) -> bool:
     """Whether the front will have changed by no more than `bound` since the last computed step.
 
     The clock a of the steps since then and the newest increment inc decide one step ahead, so that the host never
     waits for this step's front: a + 1.5 · inc <= bound. TeaCache's accumulated change (arXiv 2411.19108, 2024) with
     half a step of margin. False for NaN.
     """
-    return view.last_increment is not None and view.clock + LOOK_AHEAD * view.last_increment <= bound
+    return view.last_increment is not None and view.clock + look_ahead * view.last_increment <= bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class ClockStrategy:
     warmup_steps: int
     max_consecutive_hits: int
     tolerance: float
+    look_ahead: float = LOOK_AHEAD
 
     def decide(self, view: StepView) -> Decision:
         if view.step <= self.warmup_steps:
@@ -67,7 +69,7 @@ class ClockStrategy:
             return guarded
         if view.last_increment is None:
             return Decision(view.step % self.skip_interval == 0, "interval")
-        return Decision(within_clock(view, self.tolerance), "clock")
+        return Decision(within_clock(view, self.tolerance, self.look_ahead), "clock")
 
     def never_skips(self) -> bool:
         return False
@@ -80,6 +82,8 @@ class ClockStrategy:
 class PlacementStrategy:
     """Computes num_steps / target_speedup steps of a run, where `place_steps` puts them; the others are skipped.
 
+    The first step behind a jump back of the noise levels computes too.
+
     Where the number of steps is not known, and past it, one step of every target_speedup on average computes.
     `tolerance` only guards: a step also computes where the clock, looking ahead, exceeds `DRIFT_BOUND` tolerances.
     """
@@ -90,10 +94,10 @@ class PlacementStrategy:
     def decide(self, view: StepView) -> Decision:
         if view.step <= self.rules.warmup_steps:
             return Decision(False, "warmup")
-        if self._is_placed(view):
+        if self._is_placed(view) or (view.sigmas is not None and turns_back(view.sigmas, view.step)):
             return Decision(False, "placement")
         longest = self.rules.max_consecutive_hits
-        guarded = guard(view, self.rules.skip_interval, math.inf if longest is None else longest)
+        guarded = guard(view, self.rules.skip_interval or 1, math.inf if longest is None else longest)
         if guarded is not None:
             return guarded
         if view.last_increment is not None and not within_clock(view, DRIFT_BOUND * self.tolerance):
@@ -105,7 +109,7 @@ class PlacementStrategy:
             return True
         steps = view.run_length()
         if steps is None:
-            first = first_steps(self.rules.warmup_steps, self.rules.skip_interval)
+            first = first_steps(self.rules.warmup_steps, self.rules.skip_interval or DEFAULT_SKIP_INTERVAL)
             return view.step in first or (view.step > first[-1] and self._is_due(view.step - first[-1]))
         if view.step > steps:
             return self._is_due(view.step - steps - 1)

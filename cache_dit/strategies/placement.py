@@ -19,17 +19,28 @@ class PlacementRules:
     """Steps of the run / computed steps, at least 1."""
     warmup_steps: int
     """Steps at the start that compute."""
-    skip_interval: int
-    """How often a step may be skipped before the second computed one."""
+    skip_interval: int | None
+    """How often a step may be skipped before the second computed one; None: as `own_interval` has it."""
     max_consecutive_hits: int | None
     """Longest gap between computed steps, in skipped ones; None: no bound."""
     part: PartOfRun
     """Steps outside it compute."""
+    sigma_share: float = 0.75
+    """What the distance between computed steps is made of: this much of it sigma, the rest steps."""
 
 
 def computed_count(num_steps: int, target_speedup: float) -> int:
     """How many steps are to compute: num_steps / target_speedup, rounded (a half down), at least 1."""
     return min(num_steps, max(1, math.ceil(num_steps / target_speedup - 0.5)))
+
+
+EARLY_SECOND = 8
+"""Computed steps of a run from which on the second one comes early, at step 3; fewer cannot spare one for the start."""
+
+
+def own_interval(wanted: int) -> int:
+    """The interval before the second computed step where none is given: 2, or none (1) where few steps compute."""
+    return 2 if wanted >= EARLY_SECOND else 1
 
 
 def first_steps(warmup_steps: int, skip_interval: int) -> list[int]:
@@ -74,20 +85,46 @@ def spread(levels: Sequence[float], after: int, before: int, count: int, max_gap
     return placed
 
 
+def progress(num_steps: int, sigmas: Sequence[float] | None, sigma_share: float) -> list[float]:
+    """How far a run has come before each of its steps and at its end, from 0 to 1: a mean of its way in sigma and in steps.
+
+    Where no list of num_steps + 1 sigmas is given, or it ends where it began, steps alone. Sigmas above 1 are those of
+    x = x₀ + σ ε and count as σ / (1 + σ), the share of noise.
+    """
+    steps = [index / num_steps for index in range(num_steps + 1)]
+    if sigmas is None or len(sigmas) != num_steps + 1 or sigmas[0] == sigmas[-1]:
+        return steps
+    levels = [sigma / (1.0 + sigma) for sigma in sigmas] if max(sigmas) > 1.0 and min(sigmas) >= 0.0 else list(sigmas)
+    whole = levels[-1] - levels[0]
+    return [
+        sigma_share * (level - levels[0]) / whole + (1.0 - sigma_share) * step
+        for level, step in zip(levels, steps, strict=True)
+    ]
+
+
+def turns_back(sigmas: Sequence[float], step: int) -> bool:
+    """Whether the noise level of a step, from 1, goes against the direction of the whole list: samplers that restart add
+    noise there, and what was stored before says little of what follows."""
+    if not 1 < step < len(sigmas) or sigmas[0] == sigmas[-1]:
+        return False
+    before, now = sigmas[step - 2], sigmas[step - 1]
+    return now != before and (now > before) != (sigmas[-1] > sigmas[0])
+
+
 @lru_cache(maxsize=64)
 def place_steps(rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...] | None) -> frozenset[int]:
     """The steps, from 1, of a run of `num_steps` that compute.
 
     `computed_count` of them: those that must (the first ones, those outside the part), the rest at the indices nearest
-    to evenly spaced sigmas (evenly spaced steps where no list of num_steps + 1 sigmas is given). There are more of
-    them where the rules ask for it: to keep the longest gap, and where a long warm-up has used the budget up; what
-    follows is then never thinner than half the target's density.
+    to even distances of `progress`. There are more of them where the rules ask for it: to keep the longest gap, and
+    where a long warm-up has used the budget up; what follows is then never thinner than half the target's density.
     """
     wanted = computed_count(num_steps, rules.target_speedup)
     if wanted == num_steps:
         return frozenset(range(1, num_steps + 1))
-    levels = sigmas if sigmas is not None and len(sigmas) == num_steps + 1 else range(num_steps + 1)
-    start = first_steps(max(rules.warmup_steps, rules.part.first(num_steps) - 1), rules.skip_interval)
+    levels = progress(num_steps, sigmas, rules.sigma_share)
+    interval = own_interval(wanted) if rules.skip_interval is None else rules.skip_interval
+    start = first_steps(max(rules.warmup_steps, rules.part.first(num_steps) - 1), interval)
     end = range(max(1, rules.part.last(num_steps) + 1), num_steps + 1)
     must = {step for step in (*start, *end) if step <= num_steps}
     # indices from 0: the last of the first steps, and the first of those at the end

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cache_dit.options import resolve_options
 from cache_dit.strategies import StepView, Strategy, build_strategy
 from cache_dit.strategies.part_of_run import PartOfRun
-from cache_dit.strategies.placement import PlacementRules, computed_count, first_steps, place_steps
+from cache_dit.strategies.placement import PlacementRules, computed_count, first_steps, place_steps, progress, turns_back
+from cache_dit.strategies.sigma import sigma_spaced
 
 WHOLE = PartOfRun(0.0, 1.0)
 
@@ -157,10 +158,28 @@ def test_runs_in_a_row_behave_alike() -> None:
     ],
 )
 def test_placement_is_even_in_sigma(target: float, expected: list[int]) -> None:
-    strategy = adaptive(target_speedup=target, skip_interval=1)
+    strategy = sigma_spaced(target)
     decisions = simulate(strategy, 28, errors=QUIET, sigmas=shifted(28))
     assert computed(decisions) == expected
     assert {reason for _, reason in decisions} == {"placement"}
+
+
+def test_adaptive_placement_is_a_mean_of_even_sigma_and_even_steps() -> None:
+    decisions = simulate(adaptive(target_speedup=4.0, skip_interval=1), 28, errors=QUIET, sigmas=shifted(28))
+    assert computed(decisions) == [1, 8, 14, 19, 22, 25, 27]
+    levels = progress(28, shifted(28), 0.5)
+    assert levels[0] == 0.0
+    assert levels[-1] == 1.0
+    assert levels[14] == pytest.approx((0.5 + 1.0 - shifted(28)[14]) / 2)
+
+
+def test_progress_of_sigmas_that_say_nothing() -> None:
+    even = [index / 4 for index in range(5)]
+    assert progress(4, None, 0.5) == even
+    assert progress(4, [1.0, 0.5, 0.0], 0.5) == even
+    assert progress(4, [1.0, 0.5, 0.2, 0.5, 1.0], 0.5) == even
+    # σ of the older models counts as its share of noise
+    assert progress(2, [9.0, 1.0, 0.0], 1.0) == pytest.approx([0.0, 4 / 9, 1.0])
 
 
 @pytest.mark.parametrize("falling", [True, False])
@@ -172,7 +191,7 @@ def test_placement_on_a_linear_grid_is_every_nth(falling: bool) -> None:
         assert computed(decisions) == list(range(1, 29, 4))
 
 
-@pytest.mark.parametrize(("interval", "start"), [(1, [1, 10]), (2, [1, 3]), (3, [1, 2]), (10, [1, 2])])
+@pytest.mark.parametrize(("interval", "start"), [(1, [1, 8]), (2, [1, 3]), (3, [1, 2]), (10, [1, 2])])
 def test_second_computed_step_is_the_first_that_the_interval_does_not_let_skip(interval: int, start: list[int]) -> None:
     strategy = adaptive(target_speedup=4.0, skip_interval=interval)
     decisions = simulate(strategy, 28, errors=QUIET, sigmas=shifted(28))
@@ -290,3 +309,21 @@ def test_drift_computes_out_of_turn() -> None:
 def test_placement_without_a_measured_error_keeps_to_the_interval() -> None:
     decisions = simulate(adaptive(target_speedup=4.0, skip_interval=3), 20, num_steps=20)
     assert all(n % 3 == 0 for n, (skip, _) in enumerate(decisions, start=1) if skip)
+
+
+def test_a_jump_back_of_the_levels_computes() -> None:
+    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2, 0.5, 0.4, 0.3, 0.2, 0.12, 0.05, 0.0]
+    for levels in (sigmas, [1.0 - sigma for sigma in sigmas]):
+        decisions = simulate(adaptive(target_speedup=5.0), 11, errors=QUIET, sigmas=levels)
+        assert 6 in computed(decisions)
+    assert not turns_back(sigmas, 1)
+    assert not turns_back([1.0, 1.0, 0.5], 2)
+
+
+@pytest.mark.parametrize(("target", "second"), [(2.0, 3), (3.0, 3), (4.0, 8), (7.0, 13)])
+def test_the_placements_own_start(target: float, second: int) -> None:
+    """An early second step where there are eight to compute; fewer are spread from the first on."""
+    strategy = adaptive(target_speedup=target)
+    decisions = simulate(strategy, 28, errors=QUIET, sigmas=shifted(28))
+    assert computed(decisions)[1] == second
+    assert len(computed(decisions)) == round(28 / target)

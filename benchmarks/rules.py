@@ -1,0 +1,105 @@
+"""The rules that are compared, each as options of `enable_cache`: published ones, our parts of the default, the default.
+
+`share` is the part of a run's steps that compute: 1/2, 1/3, 1/4 for "2x, 3x, 4x". A rule with a threshold is run at
+thresholds found by halving until the number of computed steps is the wanted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sampling import Setting
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule. `options` gives what `enable_cache` gets for a number of computed steps; `threshold` names the option
+    that is searched for where a rule cannot be told the number."""
+
+    name: str
+    title: str
+    options: Callable[[Setting, int], Options]
+    threshold: str | None = None
+    group: str = "published"
+    fewer_steps: bool = False
+    needs: tuple[str, ...] = field(default=())
+
+
+def computed_steps(steps: int, ratio: float) -> int:
+    """The computed steps of "ratio times fewer block computations"."""
+    return max(1, round(steps / ratio))
+
+
+def _mask(steps: int, indices: list[int]) -> str:
+    return "".join("1" if index in indices else "0" for index in range(steps))
+
+
+def evenly(setting: Setting, count: int) -> list[int]:
+    """Every n-th step, as evenly as the count allows."""
+    return sorted({index * setting.steps // count for index in range(count)})
+
+
+def _every(**options: Any) -> Callable[[Setting, int], Options]:
+    def build(setting: Setting, count: int) -> Options:
+        return {"schedule": _mask(setting.steps, evenly(setting, count)), "correction": False, **options}
+
+    return build
+
+
+def _in_sigma(**options: Any) -> Callable[[Setting, int], Options]:
+    def build(setting: Setting, count: int) -> Options:
+        return {"strategy": "sigma", "target_speedup": setting.steps / count, "correction": False, **options}
+
+    return build
+
+
+def _strategy(name: str, **options: Any) -> Callable[[Setting, int], Options]:
+    def build(setting: Setting, count: int) -> Options:
+        return {"strategy": name, "max_consecutive_hits": 100, "correction": False, **options}
+
+    return build
+
+
+def _target(**options: Any) -> Callable[[Setting, int], Options]:
+    def build(setting: Setting, count: int) -> Options:
+        return {"strategy": "adaptive", "target_speedup": setting.steps / count, **options}
+
+    return build
+
+
+LINE: Options = {"forecast": "lagrange"}
+
+RULES: tuple[Rule, ...] = (
+    Rule("reuse", "reuse, every n-th", _every(forecast="reuse")),
+    Rule("taylor1", "TaylorSeer order 1, every n-th", _every(forecast="taylor")),
+    Rule("taylor2", "TaylorSeer order 2, every n-th", _every(forecast="taylor", order=2)),
+    Rule("hermite2", "HiCache order 2, every n-th", _every(forecast="hermite", order=2)),
+    Rule("adams", "Adams-Bashforth 2, every n-th", _every(forecast="adams_bashforth")),
+    Rule("first_block", "first-block threshold, reuse", _strategy("first_block", forecast="reuse"), "tolerance"),
+    Rule("first_block_taylor", "first-block threshold, Taylor 1", _strategy("first_block", forecast="taylor"), "tolerance"),
+    Rule("teacache", "TeaCache without polynomial, reuse", _strategy("teacache", forecast="reuse"), "tolerance"),
+    Rule("teacache_taylor", "TeaCache without polynomial, Taylor 1", _strategy("teacache", forecast="taylor"), "tolerance"),
+    Rule("line", "line in sigma, every n-th", _every(**LINE), group="parts"),
+    Rule("sigma_reuse", "reuse, sigma-spaced", _in_sigma(forecast="reuse"), group="parts"),
+    Rule("sigma_line", "line in sigma, sigma-spaced", _in_sigma(**LINE), group="parts"),
+    Rule("sigma_quadratic", "quadratic in sigma, sigma-spaced", _in_sigma(**LINE, order=2), group="parts"),
+    Rule("front_line", "line in sigma, front clock", _strategy("front_clock", **LINE), "tolerance", group="parts"),
+    Rule(
+        "front_line_retro",
+        "line in sigma, front clock, corrected",
+        _strategy("front_clock", forecast="lagrange", correction=True),
+        "tolerance",
+        group="parts",
+    ),
+    Rule("sigma_reuse_retro", "reuse, sigma-spaced, corrected", _in_sigma(forecast="reuse", correction=True), group="parts"),
+    Rule("sigma_line_retro", "line in sigma, sigma-spaced, corrected", _in_sigma(**LINE, correction=True), group="parts"),
+    Rule("adaptive", "adaptive, target_speedup (the default rule)", _target(), group="ours"),
+    Rule("adaptive_plain", "adaptive, correction off", _target(correction=False), group="ours"),
+    Rule("fewer", "fewer solver steps (Adams-Bashforth 2)", lambda setting, count: {}, group="no cache", fewer_steps=True),
+)
+
+BY_NAME = {rule.name: rule for rule in RULES}

@@ -1,0 +1,50 @@
+"""First-block cache: the front's change since the last computed step against a threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .adaptive import guard
+from .decision import Decision, StepView
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBlock:
+    """Skips while the front's output is within `tolerance`, relative, of what it was at the last computed step.
+
+    The published rule looks at this step's front; here the distance is carried on from the step before, as if it had
+    grown evenly since the computed step, so that nobody waits for it.
+
+    Source: first-block cache of ParaAttention (2024), which the project cache-dit calls DBCache.
+    """
+
+    skip_interval: int
+    warmup_steps: int
+    max_consecutive_hits: int
+    tolerance: float
+
+    def decide(self, view: StepView) -> Decision:
+        if view.step <= self.warmup_steps:
+            return Decision(False, "warmup")
+        guarded = guard(view, self.skip_interval, self.max_consecutive_hits)
+        if guarded is not None:
+            return guarded
+        distance = self._distance(view)
+        if distance is None:
+            return Decision(view.step % self.skip_interval == 0, "interval")
+        return Decision(distance <= self.tolerance, "clock")
+
+    def _distance(self, view: StepView) -> float | None:
+        """How far the front will be from the last computed step's, from how far it was one step earlier."""
+        if view.last_increment is None or len(view.stored) < 2:
+            return None
+        newest, older = view.stored[0].step, view.stored[1].step
+        # the step before was measured against the computed step before it: itself skipped, or the newest of them
+        covered = view.step - 1 - newest if view.consecutive_hits else newest - older
+        return view.last_increment / covered * (view.step - newest)
+
+    def never_skips(self) -> bool:
+        return False
+
+    def notes(self) -> list[str]:
+        return []

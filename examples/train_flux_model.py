@@ -1,0 +1,187 @@
+"""Train the second small model, the Flux-like one, on a CPU: about an hour on one core.
+
+Usage::
+
+    python examples/train_flux_model.py --minutes 60     # train; a usable checkpoint is saved every few minutes
+    python examples/train_flux_model.py --evaluate       # judge the checkpoint that is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from demo_model import NUM_CLASSES, load_classifier, load_weights, shifted_sigmas
+from flux_model import FLUX_FILE, build_flux_model, load_flux_model, velocity
+from safetensors import safe_open
+from torch import Tensor, nn
+from train_demo_model import (
+    EMA_DECAY,
+    LABEL_DROPOUT,
+    SAVE_SECONDS,
+    TRAIN_COUNT,
+    WARMUP_STEPS,
+    Muon,
+    accuracy,
+    load_data,
+    save_weights,
+)
+
+GATE = 0.3
+
+
+def initialise(model: nn.Module) -> None:
+    """Start every modulation independent of time and label, with gates slightly open, and the output at 0."""
+    for name, parameter in model.named_parameters():
+        modulation = ".linear." in name and (".norm." in name or ".norm1" in name)
+        if modulation or name.startswith(("proj_out", "norm_out.linear")):
+            nn.init.zeros_(parameter)
+        if modulation and name.endswith(".bias"):
+            # Shift, scale, gate: once in a single block, for attention and for the rest in a double one.
+            parts = parameter.detach().view(3 if ".norm." in name else 6, -1)
+            parts[2::3] = GATE
+
+
+def make_optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Return the optimizers: Muon for the matrices inside the blocks, AdamW for all else."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        inside = parameter.ndim == 2 and "transformer_blocks." in name and ".norm" not in name
+        (matrices if inside else others).append(parameter)
+    adam = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    return [adam, Muon(matrices, lr=10 * rate)]
+
+
+def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Return the flow-matching loss; images and noise float32 ``[B, 1, 24, 24]``, labels and ``sigma`` ``[B]``."""
+    level = sigma.view(-1, 1, 1, 1)
+    return F.mse_loss(velocity(model, (1 - level) * images + level * noise, sigma, labels), noise - images)
+
+
+def held_out_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the loss on float32 ``[N, 1, 24, 24]`` images with noise that is the same every time."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(7))
+    sigma = (torch.arange(len(images)) + 0.5) / len(images)
+    with torch.no_grad():
+        return float(flow_loss(model, images, labels, sigma, noise))
+
+
+def train(minutes: float, batch_size: int, peak_rate: float, resume: bool, compile_blocks: bool) -> None:
+    """Train for ``minutes`` of wall time, saving the running average of the weights as it goes."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(3)
+    images, labels, test_images, test_labels = load_data()
+    model = build_flux_model()
+    if resume:
+        load_weights(model, FLUX_FILE)
+        model.requires_grad_(True)
+    else:
+        initialise(model)
+    average = copy.deepcopy(model).requires_grad_(False)
+    if compile_blocks:
+        for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+            block.compile()
+    optimizers = make_optimizers(model, peak_rate)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    started = saved = time.monotonic()
+    budget = minutes * 60.0
+    step, smooth = 0, 0.0
+
+    def save() -> None:
+        held_out = held_out_loss(average, test_images[:200], test_labels[:200])
+        seconds = time.monotonic() - started
+        metadata = {
+            "steps": str(step),
+            "seconds": f"{seconds:.0f}",
+            "final_loss": f"{smooth:.4f}",
+            "test_loss": f"{held_out:.4f}",
+            "batch_size": str(batch_size),
+        }
+        save_weights(average, FLUX_FILE, metadata)
+        print(f"saved at step {step}, {seconds:.0f} s: test loss {held_out:.4f}", flush=True)
+
+    order = torch.randperm(TRAIN_COUNT, generator=generator)
+    position = 0
+    while (elapsed := time.monotonic() - started) < budget:
+        # The rate follows the clock, not a step count, so that the decay ends with the budget on any machine.
+        factor = min(1.0, (step + 1) / WARMUP_STEPS) * (0.51 + 0.49 * math.cos(math.pi * elapsed / budget))
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * factor
+        if position + batch_size > TRAIN_COUNT:
+            order, position = torch.randperm(TRAIN_COUNT, generator=generator), 0
+        index = order[position : position + batch_size]
+        position += batch_size
+
+        x, y = images[index], labels[index]
+        y = torch.where(torch.rand(batch_size, generator=generator) < LABEL_DROPOUT, NUM_CLASSES, y)
+        sigma = torch.sigmoid(0.2 + 1.2 * torch.randn(batch_size, generator=generator))
+        loss = flow_loss(model, x, y, sigma, torch.randn(x.shape, generator=generator))
+        model.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+        smooth += max(0.01, 1 / step) * (loss.item() - smooth)
+        if step in (1, 10, 20) or step % 50 == 0:
+            print(f"step {step}: {elapsed:.0f} s, loss {smooth:.4f}, rate x {factor:.3f}", flush=True)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
+    save()
+
+
+def sample(model: nn.Module, labels: Tensor, guidance: float, steps: int = 28, seed: int = 0) -> Tensor:
+    """Draw one float32 image ``[1, 24, 24]`` per int64 label with Euler steps at shifted noise levels."""
+    x = torch.randn(len(labels), 1, 24, 24, generator=torch.Generator().manual_seed(seed))
+    both = torch.cat([labels, torch.full_like(labels, NUM_CLASSES)])
+    sigmas = shifted_sigmas(steps)
+    with torch.no_grad():
+        for sigma, following in pairwise(sigmas):
+            cond, uncond = velocity(model, torch.cat([x, x]), sigma.expand(2 * len(labels)), both).chunk(2)
+            x = x + (following - sigma) * (uncond + guidance * (cond - uncond))
+    return x
+
+
+def evaluate(count: int = 200) -> None:
+    """Print what the checkpoint says of itself and how well the classifier recognises ``count`` samples."""
+    with safe_open(FLUX_FILE, framework="pt") as checkpoint:
+        print(f"{FLUX_FILE.name}: {FLUX_FILE.stat().st_size / 2**20:.2f} MiB, {checkpoint.metadata()}")
+    classifier, model = load_classifier(), load_flux_model()
+    labels = torch.arange(count) % NUM_CLASSES
+    for guidance in (1.0, 2.0):
+        score = accuracy(classifier, sample(model, labels, guidance), labels)
+        print(f"samples: guidance {guidance}, class accuracy {score:.4f} of {count}", flush=True)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0, help="wall time")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (use 1 on a busy machine)")
+    parser.add_argument("--resume", action="store_true", help="start from the saved weights")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks first (needs a C++ compiler)")
+    parser.add_argument("--evaluate", action="store_true", help="train nothing, judge the saved weights")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not options.evaluate:
+        train(options.minutes, options.batch_size, options.rate, options.resume, options.compile)
+    evaluate()
+
+
+if __name__ == "__main__":
+    main()

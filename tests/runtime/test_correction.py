@@ -1,0 +1,243 @@
+"""Skipped steps are put right as the formula says, within the bound, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cache_dit
+from cache_dit.messages import CacheDitWarning
+from cache_dit.runtime import correction
+from cache_dit.runtime.solvers import SolverStep, solver_steps
+
+from .. import models
+from ..reference import EagerCache
+
+SIGMAS = [1.0, 0.9, 0.78, 0.6, 0.45, 0.25, 0.0]
+PLAN = "100101"
+OPTIONS: dict[str, Any] = {"inner": "eager", "noise_scale": 0.0, "language": "en", "schedule": PLAN, "forecast": "lagrange"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_for_this_module_alone() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return models.TinyDiT().double().eval().requires_grad_(False)
+
+
+def noise() -> Tensor:
+    return torch.randn(models.BATCH, models.TOKENS, models.CHANNELS, generator=torch.Generator().manual_seed(1)).double()
+
+
+def step_of(solver: str) -> Callable[[int, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """One step of a solver's recurrence: (index, x, output, last denoised) -> (x, denoised)."""
+    steps = solver_steps(solver, "flow", SIGMAS, len(SIGMAS) - 1)
+    assert steps is not None
+    known: tuple[SolverStep, ...] = steps
+
+    def advance(i: int, x: Tensor, output: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        step = known[i]
+        denoised = step.p * x + step.q * output
+        return step.a * x + step.b * denoised + (0.0 if before is None else step.c * before), denoised
+
+    return advance
+
+
+def sampled(
+    model: nn.Module, solver: str = "euler", in_place: bool = False, announce: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """The last state of a run with caching, and what the model gave at each step."""
+    advance = step_of(solver)
+    if announce:
+        cache_dit.new_run(model, sigmas=SIGMAS, solver=solver, prediction="flow")
+    x, before, outputs = noise(), None, []
+    with torch.no_grad():
+        for i, sigma in enumerate(SIGMAS[:-1]):
+            out = model(x, torch.full((models.BATCH,), sigma, dtype=x.dtype))
+            outputs.append(out.clone())
+            moved, before = advance(i, x, out, before)
+            if in_place:
+                x.copy_(moved)
+                out.zero_()
+            else:
+                x = moved
+    return x, outputs
+
+
+def corrected_by_hand(order: int, solver: str) -> Tensor:
+    """The same with the state itself put right: at a computed step the skipped ones before it are done again."""
+    model = tiny()
+    eager = EagerCache(model.blocks, streams=("x",))
+    advance = step_of(solver)
+    stored: list[tuple[float, Tensor]] = []
+
+    def line(points: Sequence[tuple[float, Tensor]], at: float) -> Tensor:
+        if len(points) == 1:
+            return points[0][1]
+        (s1, r1), (s0, r0) = points[:2]
+        return r1 + (at - s1) / (s0 - s1) * (r0 - r1)
+
+    def asked(x: Tensor, sigma: float, residual: Tensor | None) -> Tensor:
+        eager.skip = residual is not None
+        if residual is not None:
+            eager.residuals[0] = [residual]
+        out: Tensor = model(x, torch.full((models.BATCH,), sigma, dtype=x.dtype))
+        return out
+
+    x = noise()
+    before: Tensor | None = None
+    since: list[tuple[int, Tensor]] = []
+    anchor: tuple[Tensor, Tensor | None] = (x, None)
+    with torch.no_grad():
+        for i, sigma in enumerate(SIGMAS[:-1]):
+            if PLAN[i] == "0":
+                if not since:
+                    anchor = (x, before)
+                since.append((i, x))
+                out = asked(x, sigma, line(stored[: order + 1], sigma))
+            else:
+                out = asked(x, sigma, None)
+                residual = eager.residuals[0][0]
+                assert residual is not None
+                stored.insert(0, (sigma, residual))
+                if since:
+                    # the way from before the skipped steps up to here once more, with better outputs
+                    state, last = anchor
+                    for m, seen in since:
+                        better = asked(seen, SIGMAS[m], line(stored[:2], SIGMAS[m]))
+                        state, last = advance(m, state, better, last)
+                    x, before = state, last
+                    since = []
+            x, before = advance(i, x, out, before)
+    return x
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize(("forecast", "order"), [("reuse", 0), ("lagrange", 1)])
+def test_the_state_is_put_right_by_way_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, solver: str, forecast: str, order: int
+) -> None:
+    monkeypatch.setattr(correction, "BOUND", 1e9)
+    model = cache_dit.enable_cache(tiny(), **{**OPTIONS, "forecast": forecast, "correction": True})
+    by_output, _ = sampled(model, solver)
+    assert cache_dit.get_stats(model).hits == PLAN.count("0")
+    by_state = corrected_by_hand(order, solver)
+    torch.testing.assert_close(by_output, by_state, rtol=1e-10, atol=1e-12)
+    uncorrected, _ = sampled(cache_dit.enable_cache(tiny(), **{**OPTIONS, "forecast": forecast, "correction": False}), solver)
+    assert float((uncorrected - by_state).abs().max()) > 1e-4
+
+
+def test_what_the_caller_does_to_inputs_and_outputs_does_not_matter() -> None:
+    model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
+    kept, _ = sampled(model)
+    overwritten, _ = sampled(model, in_place=True)
+    torch.testing.assert_close(overwritten, kept, rtol=0.0, atol=0.0)
+
+
+def test_the_bound_holds_and_an_exact_forecast_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain = sampled(cache_dit.enable_cache(tiny(), **OPTIONS, correction=False))
+    moved = []
+    for bound in (0.0, 1e-3, 1e9):
+        monkeypatch.setattr(correction, "BOUND", bound)
+        _, outputs = sampled(cache_dit.enable_cache(tiny(), **OPTIONS, correction=True))
+        moved.append(float((outputs[3] - plain[3]).square().mean().sqrt()))
+    assert moved[0] == 0.0
+    assert 0.0 < moved[1] < moved[2]
+    # two skipped steps, each with what its share of the state's movement lets through, at an error of 1 at most
+    shares = sum((SIGMAS[m] - SIGMAS[m + 1]) for m in (1, 2)) / (SIGMAS[3] - SIGMAS[4])
+    assert moved[1] <= 1e-3 * shares * max(float(out.square().mean().sqrt()) for out in plain)
+
+
+@pytest.mark.parametrize("given", [{}, {"solver": "unipc"}, {"prediction": None}, {"sigmas": None}])
+def test_an_unknown_run_is_left_alone_and_that_is_said(given: dict[str, Any]) -> None:
+    model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
+    known = {"sigmas": SIGMAS, "solver": "euler", "prediction": "flow", "num_steps": len(SIGMAS) - 1}
+    cache_dit.new_run(model, **({**known, **given} if given else {}))
+    with pytest.warns(CacheDitWarning, match="skipped steps are not corrected"):
+        _, outputs = sampled(model, announce=False)
+    _, plain = sampled(cache_dit.enable_cache(tiny(), **OPTIONS, correction=False))
+    for mine, theirs in zip(outputs, plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_auto_is_for_the_adaptive_strategy_alone() -> None:
+    _, automatic = sampled(cache_dit.enable_cache(tiny(), **OPTIONS))
+    _, plain = sampled(cache_dit.enable_cache(tiny(), **OPTIONS, correction=False))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(automatic, plain, strict=True))
+    adaptive = {**OPTIONS, "strategy": "adaptive", "schedule": None, "target_speedup": 2.0}
+    _, automatic = sampled(cache_dit.enable_cache(tiny(), **adaptive))
+    _, plain = sampled(cache_dit.enable_cache(tiny(), **adaptive, correction=False))
+    assert not all(torch.equal(mine, theirs) for mine, theirs in zip(automatic, plain, strict=True))
+
+
+def test_contexts_are_corrected_each_on_its_own() -> None:
+    alone, _ = sampled(cache_dit.enable_cache(tiny(), **OPTIONS, correction=True))
+    model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
+    cache_dit.new_run(model, sigmas=SIGMAS, solver="euler", prediction="flow")
+    advance = step_of("euler")
+    x, other = noise(), noise().flip(0) * 0.5
+    with torch.no_grad():
+        for i, sigma in enumerate(SIGMAS[:-1]):
+            t = torch.full((models.BATCH,), sigma, dtype=x.dtype)
+            with cache_dit.context(model, "one"):
+                x, _ = advance(i, x, model(x, t), None)
+            with cache_dit.context(model, "two"):
+                other, _ = advance(i, other, model(other, t), None)
+    torch.testing.assert_close(x, alone, rtol=0.0, atol=0.0)
+
+
+def test_inference_tensors_are_copied() -> None:
+    model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
+    usual, _ = sampled(model)
+    with torch.inference_mode():
+        inside, _ = sampled(model, in_place=True)
+    torch.testing.assert_close(inside.clone(), usual, rtol=1e-12, atol=1e-12)
+
+
+def test_a_residual_that_is_not_finite_corrects_nothing() -> None:
+    measured = torch.tensor([1.0, 4.0, 0.5, 0.0, 0.0])
+    assert float(correction._relative_error(measured, 2, (1.0,))) == 0.0
+    measured[0] = 0.0
+    assert float(correction._relative_error(measured, 2, (1.0,))) == pytest.approx((0.5 / 4.0) ** 0.5)
+
+
+def test_inputs_too_large_to_keep_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cache_dit.runtime import session
+
+    monkeypatch.setattr(session, "FREE_BYTES", -(2**40))
+    model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
+    with pytest.warns(CacheDitWarning, match="too large to be kept"):
+        _, outputs = sampled(model)
+    _, plain = sampled(cache_dit.enable_cache(tiny(), **OPTIONS, correction=False))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, plain, strict=True))
+
+
+def test_under_bare_torch_compile_nothing_is_corrected() -> None:
+    with pytest.warns(CacheDitWarning, match="only tensor of one graph"):
+        model = tiny()
+        compiled = torch.compile(model, backend="cache_dit", options={**OPTIONS, "correction": True})
+        with torch.no_grad():
+            compiled(noise(), torch.full((models.BATCH,), SIGMAS[0], dtype=torch.float64))
+
+
+def test_a_prompt_that_comes_again_is_copied_once_and_not_kept_alive() -> None:
+    past = correction.Past()
+    prompt, weight = torch.ones(3), torch.ones(2)
+    first = past.keep((prompt, weight, 7), [weight])
+    second = past.keep((prompt, weight, 7), [weight])
+    assert first[0] is second[0]
+    assert first[0] is not prompt
+    assert first[1] is weight
+    prompt.add_(1.0)
+    third = past.keep((prompt, weight, 7), [weight])
+    assert third[0] is not first[0]
+    assert float(first[0][0]) == 1.0

@@ -1,0 +1,147 @@
+"""The recurrences are those of diffusers' schedulers, and unknown runs have none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cache_dit.runtime.solvers import SOLVERS, SolverStep, solver_steps
+
+LEVELS = [1.0, 0.9, 0.75, 0.5, 0.3, 0.1, 0.0]
+
+
+def replay(steps: tuple[SolverStep, ...], outputs: list[Tensor], start: Tensor) -> Tensor:
+    """The state behind a run of the recurrence, given the model's outputs."""
+    x, before = start, torch.zeros_like(start)
+    for step, output in zip(steps, outputs, strict=True):
+        denoised = step.p * x + step.q * output
+        x = step.a * x + step.b * denoised + step.c * before
+        before = denoised
+    return x
+
+
+def scheduled(scheduler: Any, outputs: list[Tensor], start: Tensor) -> Tensor:
+    """The same by a scheduler of diffusers."""
+    x = start
+    for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+        x = scheduler.step(output, timestep, x, return_dict=False)[0]
+    return x
+
+
+def outputs_of(count: int) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(3, 5, generator=generator, dtype=torch.float64)  # noqa: E731
+    return [draw() for _ in range(count)], draw()
+
+
+def test_euler_is_flow_matching_as_diffusers_does_it() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=LEVELS[:-1])
+    outputs, start = outputs_of(len(LEVELS) - 1)
+    steps = solver_steps("euler", "flow", scheduler.sigmas.tolist(), len(LEVELS) - 1)
+    assert steps is not None
+    torch.testing.assert_close(replay(steps, outputs, start), scheduled(scheduler, outputs, start), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("named", "kind"), [("epsilon", "epsilon"), ("v", "v_prediction")])
+def test_euler_is_that_of_the_older_models(named: str, kind: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.EulerDiscreteScheduler(prediction_type=kind)
+    scheduler.set_timesteps(7)
+    outputs, start = outputs_of(7)
+    start = start * scheduler.init_noise_sigma
+    steps = solver_steps("euler", named, scheduler.sigmas.tolist(), 7)
+    assert steps is not None
+    x = start
+    for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
+        scheduler.scale_model_input(x, timestep)
+        x = scheduler.step(output, timestep, x, return_dict=False)[0]
+    torch.testing.assert_close(replay(steps, outputs, start), x.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [6, 20])
+def test_dpmpp_2m_is_that_of_diffusers(count: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    scheduler.set_timesteps(count)
+    outputs, start = outputs_of(count)
+    steps = solver_steps("dpmpp_2m", "flow", scheduler.sigmas.tolist(), count)
+    assert steps is not None
+    torch.testing.assert_close(replay(steps, outputs, start), scheduled(scheduler, outputs, start), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("solver", "prediction", "sigmas", "num_steps"),
+    [
+        ("unipc", "flow", LEVELS, 6),
+        (None, "flow", LEVELS, 6),
+        ("euler", None, LEVELS, 6),
+        ("euler", "flow", None, 6),
+        ("euler", "flow", LEVELS, 5),
+        ("euler", "flow", [1.0, 0.5, 0.5, 0.0], 3),
+        ("euler", "flow", [1.0, 0.5, 0.7, 0.0], 3),
+        ("euler", "flow", [1.5, 0.5, 0.0], 2),
+        ("euler", "flow", [0.0, 0.5, 1.0], 2),
+    ],
+)
+def test_a_run_that_is_not_known_well_enough_has_no_steps(
+    solver: str | None, prediction: str | None, sigmas: list[float] | None, num_steps: int
+) -> None:
+    assert solver_steps(solver, prediction, sigmas, num_steps) is None
+
+
+def test_every_solver_ends_at_the_denoised_sample() -> None:
+    for name in SOLVERS:
+        steps = solver_steps(name, "flow", LEVELS, 6)
+        assert steps is not None
+        assert steps[-1].a == 0.0
+        assert steps[-1].b == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "found"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, ("euler", "flow")),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, (None, None)),
+        ("FlowMatchHeunDiscreteScheduler", {}, (None, None)),
+        ("EulerDiscreteScheduler", {}, ("euler", "epsilon")),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}, ("euler", "v")),
+        ("EulerAncestralDiscreteScheduler", {}, (None, None)),
+        ("UniPCMultistepScheduler", {}, (None, None)),
+        (
+            "DPMSolverMultistepScheduler",
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+            ("dpmpp_2m", "flow"),
+        ),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, (None, None)),
+    ],
+)
+def test_schedulers_of_pipelines_name_their_solver(name: str, given: dict[str, Any], found: tuple[Any, Any]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from cache_dit.integrations.diffusers import PipelineRuns
+
+    class Pipeline:
+        scheduler = getattr(diffusers, name)(**given)
+
+    pipeline = Pipeline()
+    assert PipelineRuns(pipeline).solver() == found
+
+
+def test_dpmpp_2m_of_the_older_models_is_that_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(20)
+    outputs, start = outputs_of(20)
+    levels = scheduler.sigmas.tolist()
+    steps = solver_steps("dpmpp_2m", "epsilon", levels, 20)
+    assert steps is not None
+    # the scheduler's state is scaled to keep its variance, the recurrence's is not
+    scale = (levels[0] ** 2 + 1.0) ** 0.5
+    found = replay(steps, outputs, start * scale)
+    torch.testing.assert_close(found, scheduled(scheduler, outputs, start), rtol=1e-4, atol=1e-4)
