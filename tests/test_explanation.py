@@ -70,7 +70,14 @@ def test_after_a_call_it_names_blocks_values_and_bytes() -> None:
 
 @pytest.mark.parametrize(
     ("options", "held"),
-    [({}, 1), ({"forecast": "taylor", "order": 2}, 3), ({"strategy": "adaptive"}, 2), ({"residual_dtype": "bfloat16"}, 0.5)],
+    [
+        ({}, 1),
+        ({"forecast": "taylor", "order": 2}, 3),
+        # the front's output, and a second residual where skipped steps may be corrected
+        ({"strategy": "adaptive"}, 3),
+        ({"strategy": "adaptive", "correction": False}, 2),
+        ({"residual_dtype": "bfloat16"}, 0.5),
+    ],
 )
 @pytest.mark.parametrize("lowering", ["specialize", "cond"])
 def test_the_bytes_are_known_before_the_first_skip_and_are_what_is_held(
