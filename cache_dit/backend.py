@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -160,15 +161,17 @@ def compile_graph(
         _raise_if_strict(report, program, calls, language)
         runnable = UncachedGraph(compile_inner(copy_dynamo_graph(gm), examples), report, calls.note)
     else:
-        graph, region, inputs, controls = rewritten
-        report.region = describe_region(region, inputs)
+        report.region = describe_region(rewritten.region, rewritten.inputs)
         lowering = choose_lowering(program.lowering)
         if program.lowering not in ("auto", lowering.name):
             warn("lowering_unbuilt", language, wanted=program.lowering, used=lowering.name)
         report.lowering = lowering.name
+        graph = rewritten.graph
         programs = lowering.lower(graph, with_cache_examples(graph, examples), compile_inner)
         plain = _plain(copy_dynamo_graph(gm), program)
-        runnable = CachedGraph(calls.find, programs, plain, inputs, gm, report, frame_id(gm), controls)
+        runnable = CachedGraph(
+            calls.find, programs, plain, rewritten.inputs, gm, report, frame_id(gm), rewritten.controls
+        )
     report.compile_seconds = perf_counter() - start
     announce(text("compiled", language, seconds=report.compile_seconds))
     calls.compiled(report)
@@ -199,9 +202,17 @@ class FallbackCompiler:
         return compiled
 
 
-def _rewrite(
-    gm: fx.GraphModule, program: ProgramOptions
-) -> tuple[fx.GraphModule, passes.Region, passes.CacheInputs, tuple[int, ...]] | passes.Refusal:
+@dataclass(frozen=True, slots=True)
+class _Branched:
+    """A graph with the cache branch in it. ``controls``: inputs that enter the region from outside, by position."""
+
+    graph: fx.GraphModule
+    region: passes.Region
+    inputs: passes.CacheInputs
+    controls: tuple[int, ...]
+
+
+def _rewrite(gm: fx.GraphModule, program: ProgramOptions) -> _Branched | passes.Refusal:
     """The passes up to the cond form, over a copy."""
     if torch.is_grad_enabled():
         return passes.Refusal("grad_mode")
@@ -214,22 +225,14 @@ def _rewrite(
         return region
     controls = passes.control_inputs(graph, region)
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
-    branch = passes.BranchOptions(
-        program.history,
-        program.noise,
-        program.front_clock,
-        program.residual_dtype,
-        program.residual_device,
-        program.front_anchored,
-    )
-    inputs = passes.insert_cache_branch(graph, region, branch)
+    inputs = passes.insert_cache_branch(graph, region, program.branch)
     record_rewrite("insert_cache_branch", 1, graph)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if not sizes_are_known(inputs, placeholders):
         return passes.Refusal("sizes_unknown")
     graph.graph.lint()
     graph.recompile()
-    return graph, region, inputs, controls
+    return _Branched(graph, region, inputs, controls)
 
 
 def _plain(gm: fx.GraphModule, program: ProgramOptions) -> Callable[..., Any]:

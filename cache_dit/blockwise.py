@@ -97,19 +97,7 @@ class Blockwise:
     def _compile(self, streams: Streams, bases: Sequence[Tensor], made: Sequence[Tensor]) -> BlockPrograms:
         graph, region = _graph_around_block(streams, fake_like([value.contiguous() for value in (*bases, *made)]), self)
         passes.outline_region(graph, region)
-        program = self.program
-        inputs = passes.insert_cache_branch(
-            graph,
-            region,
-            passes.BranchOptions(
-                program.history,
-                program.noise,
-                program.front_clock,
-                program.residual_dtype,
-                program.residual_device,
-                program.front_anchored,
-            ),
-        )
+        inputs = passes.insert_cache_branch(graph, region, self.program.branch)
         if self.report.region is None:
             self.report.region = self._described(region, inputs, len(bases))
         examples = with_cache_examples(graph, [node.meta["example_value"] for node in region.live_ins])
