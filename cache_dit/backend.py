@@ -14,11 +14,11 @@ from torch import fx
 from . import passes
 from .errors import CacheDitError, NoBlocksError
 from .explanation import GraphReport, describe_region
-from .lowering import choose_lowering, with_cache_examples
+from .lowering import NotInPieces, choose_lowering, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options
 from .other_project import warn_of_other_project
-from .runtime.program import CachedGraph, UncachedGraph, sizes_are_known
+from .runtime.program import CachedGraph, Programs, UncachedGraph, sizes_are_known
 from .runtime.registry import session_of_parameter
 from .runtime.session import Session, active_session
 from .texts import text
@@ -162,12 +162,7 @@ def compile_graph(
         runnable = UncachedGraph(compile_inner(copy_dynamo_graph(gm), examples), report, calls.note)
     else:
         report.region = describe_region(rewritten.region, rewritten.inputs)
-        lowering = choose_lowering(program.lowering)
-        if program.lowering not in ("auto", lowering.name):
-            warn("lowering_unbuilt", language, wanted=program.lowering, used=lowering.name)
-        report.lowering = lowering.name
-        graph = rewritten.graph
-        programs = lowering.lower(graph, with_cache_examples(graph, examples), compile_inner)
+        programs = _lowered(rewritten.graph, examples, program, compile_inner, report, language)
         plain = _plain(copy_dynamo_graph(gm), program)
         runnable = CachedGraph(
             calls.find, programs, plain, rewritten.inputs, gm, report, frame_id(gm), rewritten.controls
@@ -233,6 +228,29 @@ def _rewrite(gm: fx.GraphModule, program: ProgramOptions) -> _Branched | passes.
     graph.graph.lint()
     graph.recompile()
     return _Branched(graph, region, inputs, controls)
+
+
+def _lowered(
+    graph: fx.GraphModule,
+    examples: Sequence[Any],
+    program: ProgramOptions,
+    compile_inner: FallbackCompiler,
+    report: GraphReport,
+    language: str | None,
+) -> Programs:
+    """The programs in the form that was asked for, else whole where the graph does not come in pieces."""
+    form = choose_lowering(program.lowering)
+    examples = with_cache_examples(graph, examples)
+    try:
+        programs = form.lower(graph, examples, compile_inner)
+    except NotInPieces as error:
+        asked, form = form.name, choose_lowering("specialize")
+        if program.lowering == asked:
+            why = text(f"whole_{error}", language)
+            warn("lowering_replaced", language, wanted=asked, why=why, used=form.name)
+        programs = form.lower(graph, examples, compile_inner)
+    report.lowering = form.name
+    return programs
 
 
 def _plain(gm: fx.GraphModule, program: ProgramOptions) -> Callable[..., Any]:

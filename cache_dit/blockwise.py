@@ -28,6 +28,7 @@ from .options import ProgramOptions
 from .runtime.buffers import Sizes
 from .runtime.program import Programs
 from .runtime.session import active_session
+from .texts import text
 from .torch_internals import allowing_recompiles, compile_limits, fake_like
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Blockwise:
             tuple(paths[stop:]),
         )
         if program.lowering not in ("auto", LOWERING):
-            session.said.warn("lowering_unbuilt", wanted=program.lowering, used=LOWERING)
+            why = text("whole_blockwise", session.options.language)
+            session.said.warn("lowering_replaced", wanted=program.lowering, why=why, used=LOWERING)
         self.report = GraphReport(0, None, None, lowering=LOWERING)
         self.compile_inner = FallbackCompiler(program, None, session.options.language)
         self._programs: dict[Hashable, BlockPrograms] = {}
@@ -395,5 +397,6 @@ def _graph_around_block(streams: Streams, examples: Sequence[Tensor], owner: Blo
         front=owner.front,
         cached=owner.cached,
         back=owner.back,
+        blocks={},
     )
     return fx.GraphModule(torch.nn.Module(), graph), region
