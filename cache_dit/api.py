@@ -88,7 +88,8 @@ def enable_cache(
         control_refresh: compute a step due to be skipped where what enters the cached blocks from outside (the outputs of a
             control network) moved by more than this share of its mean size since the last computed step; True means 0.1
             (default False).
-        lowering: ``'auto'``, ``'specialize'``, ``'cond'`` or ``'pieces'``.
+        lowering: ``'auto'``, ``'specialize'`` (two whole graphs), ``'pieces'`` (one program for each distinct block, so that
+            compiling does not grow with depth) or ``'cond'`` (the branch inside one graph).
         inner: the compiler that gets the rewritten graph: ``'inductor'`` (default), ``'aot_eager'``, ``'eager'``, another
             backend of torch, or a callable (graph module, example inputs) -> callable.
         inner_options: options for it.

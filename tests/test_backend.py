@@ -431,9 +431,9 @@ def test_a_failing_inner_compiler_leaves_the_graph_as_traced_and_is_said() -> No
 def test_a_form_that_a_model_cannot_have_gives_way_and_says_why() -> None:
     model = models.seeded(models.GluedStack)
     cache_dit.enable_cache(model, lowering="pieces", language="en", **EXACT)
-    with pytest.warns(CacheDitWarning, match="'pieces' does not suit this model: no two of its blocks have the same graph"):
-        with torch.no_grad():
-            for step in range(8):
-                model(models.example()[0], torch.full((models.BATCH,), 0.9 - 0.1 * step))
+    said = "'pieces' does not suit this model: no two of its blocks have the same graph"
+    with pytest.warns(CacheDitWarning, match=said), torch.no_grad():
+        for step in range(8):
+            model(models.example()[0], torch.full((models.BATCH,), 0.9 - 0.1 * step))
     assert cache_dit.get_stats(model).hits == 3
     assert "compiled as: specialize" in cache_dit.explain(model)
