@@ -25,7 +25,7 @@ from .backend import FallbackCompiler
 from .explanation import GraphReport, RegionReport, describe_region
 from .lowering import choose_lowering, with_cache_examples
 from .options import ProgramOptions
-from .runtime.buffers import Sizes
+from .runtime.buffers import Dynamic, Sizes
 from .runtime.program import Programs
 from .runtime.session import active_session
 from .torch_internals import allowing_recompiles, compile_limits, fake_like
@@ -315,11 +315,11 @@ class BlockGraph:
         """A block does not know the timestep."""
         return None
 
-    def dynamic_sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+    def dynamic_sizes(self, args: Sequence[Any]) -> Dynamic:
         """Other shapes are another graph."""
         return ()
 
-    def sizes(self, dynamic: tuple[int, ...]) -> Sizes:
+    def sizes(self, dynamic: Dynamic) -> Sizes:
         """Sizes of the buffers."""
         return self._sizes
 

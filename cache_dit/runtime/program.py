@@ -13,7 +13,7 @@ from torch import fx
 from ..passes.graph_values import example_of, is_parameter
 from ..passes.insert_cache_branch import CacheInputs
 from ..torch_internals import is_unbacked, source_name, symbol_of
-from .buffers import Sizes
+from .buffers import Dynamic, Sizes
 
 if TYPE_CHECKING:
     from ..explanation import GraphReport
@@ -85,11 +85,11 @@ class Cacheable(Protocol):
         """Places of the arguments that enter the region past the blocks that always compute."""
 
     @property
-    def dynamic_sizes(self) -> Callable[[Sequence[Any]], tuple[int, ...]]:
-        """Reads from the arguments the sizes that may differ from call to call."""
+    def dynamic_sizes(self) -> Callable[[Sequence[Any]], Dynamic]:
+        """Reads from the arguments the sizes, and numbers of the model, that may differ from call to call."""
 
     @property
-    def sizes(self) -> Callable[[tuple[int, ...]], Sizes]:
+    def sizes(self) -> Callable[[Dynamic], Sizes]:
         """Sizes of the buffers, from what ``dynamic_sizes`` gave."""
 
     @property
@@ -186,17 +186,40 @@ class SizeReader:
                 if isinstance(size, torch.SymInt):
                     where.setdefault(size.node.expr, (i, axis))
         self._symbols, self._places = tuple(where), tuple(where.values())
+        # numbers that the model itself holds, such as an adapter's scale: what was stored is not valid under another one
+        self._numbers = tuple(i for i, node in enumerate(placeholders) if _is_number_of_model(node))
 
-    def read(self, args: Sequence[Any]) -> tuple[int, ...]:
-        """The sizes among these inputs that may differ from call to call; () where shapes are static."""
-        return tuple(args[i] if axis is None else args[i].shape[axis] for i, axis in self._places)
+    def read(self, args: Sequence[Any]) -> Dynamic:
+        """The sizes, and the model's own numbers, among these inputs that may differ from call to call; () where none may."""
+        sizes = tuple(args[i] if axis is None else args[i].shape[axis] for i, axis in self._places)
+        return sizes + tuple(float(args[i]) for i in self._numbers) if self._numbers else sizes
 
-    def sizes(self, dynamic: tuple[int, ...]) -> Sizes:
+    def sizes(self, dynamic: Dynamic) -> Sizes:
         """Sizes of the buffers for what `read` gave: one for each live-out, then the front's where it is kept."""
-        replaced = dict(zip(self._symbols, dynamic, strict=True))
+        replaced = dict(zip(self._symbols, dynamic, strict=False))
         return tuple(
             tuple(int(e.xreplace(replaced)) if hasattr(e, "xreplace") else int(e) for e in sizes) for sizes in self._expressions
         )
+
+
+_OF_MODEL = re.compile(r"^L\['self'\]|\._modules\[")
+
+
+def _is_number_of_model(node: fx.Node) -> bool:
+    """Whether an input is a float that an attribute of a module holds: Dynamo makes it one once it has changed."""
+    value = example_of(node)
+    if is_parameter(node) or not _OF_MODEL.search(source_name(node)):
+        return False
+    return isinstance(value, torch.SymFloat) or (
+        isinstance(value, torch.Tensor) and value.dim() == 0 and value.device.type == "cpu"
+    )
+
+
+def _is_tensor_of_model(node: fx.Node) -> bool:
+    """Whether an input is a weight, a buffer or another tensor that the model holds."""
+    if not isinstance(example_of(node), torch.Tensor):
+        return False
+    return is_parameter(node) or (bool(_OF_MODEL.search(source_name(node))) and not _is_number_of_model(node))
 
 
 def sizes_are_known(inputs: CacheInputs, placeholders: Sequence[fx.Node]) -> bool:
@@ -264,11 +287,15 @@ def read_time(value: object) -> float | None:
 
 
 def _watched_weights(placeholders: Sequence[fx.Node]) -> tuple[int | None, Callable[[Sequence[Any]], Sequence[Any]]]:
-    """The first parameter's place, and a function that picks all parameters among the inputs."""
-    indices = [i for i, node in enumerate(placeholders) if is_parameter(node) and isinstance(example_of(node), torch.Tensor)]
+    """The first parameter's place, and a function that picks all tensors of the model among the inputs."""
+    indices = [i for i, node in enumerate(placeholders) if _is_tensor_of_model(node)]
+    return next((i for i in indices if is_parameter(placeholders[i])), None), _picker(indices)
+
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     if not indices:
-        return None, lambda args: ()
-    first = indices[0]
+        return lambda args: ()
     if len(indices) == 1:
-        return first, lambda args: (args[first],)
-    return first, itemgetter(*indices)
+        only = indices[0]
+        return lambda args: (args[only],)
+    return itemgetter(*indices)

@@ -22,7 +22,7 @@ from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
 from ..torch_internals import outside_inference_mode
-from .buffers import ControlMark, Measurement, ResidualStore, allocate
+from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .correction import FREE_BYTES, bytes_to_keep, correct, note_skipped, output_place
 from .program import Cacheable, UncachedGraph
@@ -523,7 +523,7 @@ class Session:
         context: Context,
         key: tuple[Cacheable, int],
         graph: Cacheable,
-        dynamic: tuple[int, ...],
+        dynamic: Dynamic,
         weights: Sequence[torch.Tensor],
     ) -> ResidualStore | None:
         try:
