@@ -161,8 +161,8 @@ class Session:
         self.blocks_may_help = False
         self.observer: Observer | None = None
         self._forward: Forward | None = None
-        self._decisions: dict[int, tuple[Decision, int]] = {}
-        self._decided_run = 0
+        # by run, since the runs of named contexts may overlap: of each step the decision and the hits in a row up to it
+        self._decisions: dict[int, dict[int, tuple[Decision, int]]] = {}
         self._noise_seed = 0
         self._looked_at_controls = False
         self._controls: dict[tuple[object, ...], torch.Tensor] = {}
@@ -559,27 +559,29 @@ class Session:
             self.said.warn("no_timestep")
             forward.decision = Decision(False, "no_timestep")
         else:
-            forward.decision = self._decision_of(tick.step, forward, context, store)
+            forward.decision = self._decision_of(tick, forward, context, store)
         forward.reason = forward.decision.reason
 
     def _note_run(self, run: int) -> None:
-        if run == self._decided_run:
+        if run in self._decisions:
             return
-        self._decisions.clear()
-        self._decided_run = run
+        under_way = {context.run for context in self.contexts.values()}
+        self._decisions = {known: made for known, made in self._decisions.items() if known in under_way}
+        self._decisions[run] = {}
         self.counters.runs += 1
         # read, not drawn: the noise follows the user's seed and leaves the generator where it is
         self._noise_seed = torch.initial_seed()
         self._solver = self._solver_of_run()
         self._said_about_run()
 
-    def _decision_of(self, step: int, forward: Forward, context: Context, store: ResidualStore) -> Decision:
-        known = self._decisions.get(step)
+    def _decision_of(self, tick: Tick, forward: Forward, context: Context, store: ResidualStore) -> Decision:
+        step, decisions = tick.step, self._decisions[tick.run]
+        known = decisions.get(step)
         if known is not None:
             return known[0]
         self._read(store)
         self._read_change(context, store, step)
-        hits_before = self._decisions.get(step - 1, (None, 0))[1]
+        hits_before = decisions.get(step - 1, (None, 0))[1]
         view = StepView(
             step=step,
             consecutive_hits=hits_before,
@@ -599,7 +601,7 @@ class Session:
         if not decision.skip:
             context.clock = 0.0
         self.counters.steps += 1
-        self._decisions[step] = decision, hits_before + 1 if decision.skip else 0
+        decisions[step] = decision, hits_before + 1 if decision.skip else 0
         return decision
 
     def _read_change(self, context: Context, store: ResidualStore, step: int) -> None:
