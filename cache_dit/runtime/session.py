@@ -672,8 +672,9 @@ class Session:
         parts = [values[i : i + length] for i in range(0, len(values), length)]
         if any(part[0] > 0 or part[1] != part[1] or part[1] == float("inf") for part in parts):
             self.counters.nonfinite += 1
-            self.said.warn("nonfinite")
+            # dropped before anything is said: a warning may be an error to the user
             store.drop_newest(pending.replaced)
+            self.said.warn("nonfinite")
             return
         if pending.before:
             store.errors = self._measured_errors(pending, parts, len(store.residuals[0]))
