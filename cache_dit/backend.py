@@ -167,7 +167,7 @@ def compile_graph(
             warn("lowering_unbuilt", language, wanted=program.lowering, used=lowering.name)
         report.lowering = lowering.name
         programs = lowering.lower(graph, with_cache_examples(graph, examples), compile_inner)
-        plain = _plain(copy_dynamo_graph(gm), program)
+        plain = _plain(copy_dynamo_graph(gm), program, compile_inner)
         runnable = CachedGraph(calls.find, programs, plain, inputs, gm, report, frame_id(gm), controls)
     report.compile_seconds = perf_counter() - start
     announce(text("compiled", language, seconds=report.compile_seconds))
@@ -232,12 +232,12 @@ def _rewrite(
     return graph, region, inputs, controls
 
 
-def _plain(gm: fx.GraphModule, program: ProgramOptions) -> Callable[..., Any]:
+def _plain(gm: fx.GraphModule, program: ProgramOptions, compile_inner: FallbackCompiler) -> Callable[..., Any]:
     """The graph as it was traced, for calls that must not use the cache; compiled when the first of them comes."""
     if program.inner == "eager":
         run: Callable[..., Any] = gm.forward
         return run
-    return torch.compile(gm, backend=program.inner, dynamic=True)
+    return torch.compile(gm, backend=compile_inner, dynamic=True)
 
 
 def _announce_start(report: GraphReport, language: str | None) -> None:
