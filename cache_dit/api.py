@@ -182,8 +182,10 @@ def _sessions_in_force(module: torch.nn.Module) -> list[Session]:
 
 def _disable(module: torch.nn.Module) -> None:
     for session in _sessions_in_force(module):
-        session.enabled = False
-        session.release()
+        # a call of another thread ends first
+        with session.lock:
+            session.enabled = False
+            session.release()
     call = module._compiled_call_impl
     if isinstance(call, CachedCall):
         call.remove()
