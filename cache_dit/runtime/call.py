@@ -69,19 +69,26 @@ class CachedCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model is uncached, also where its class copies attributes that ``nn.Module`` leaves out."""
+        return type(None), ()
+
     def _bracketed(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
-        compiled = self._compiled
-        if compiled is None:
-            compiled = self._compiled = self._compile()
+        if active_session.get() is session:
+            # the model calls itself, from code that Dynamo does not trace: a part of the call under way
+            return self._function(*args, **kwargs)
         result: Any = None
         with session.lock:
+            compiled = self._compiled
+            if compiled is None:
+                compiled = self._compiled = self._compile()
             token = active_session.set(session)
-            self._arguments = (args, kwargs)
-            # not for longer than the call: the session must not keep the module alive
-            session.call_time = self._time
-            session.begin()
             try:
+                self._arguments = (args, kwargs)
+                # not for longer than the call: the session must not keep the module alive
+                session.call_time = self._time
+                session.begin()
                 result = (self._function if session.runs_eager else compiled)(*args, **kwargs)
             except BaseException as error:
                 session.abort()
