@@ -174,6 +174,10 @@ class CachedBlock:
         else:
             delattr(self._block, _SLOT)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model is uncached."""
+        return type(None), ()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self._owner.session
         if torch.is_grad_enabled() or active_session.get() is not session or self._block.training:
@@ -327,6 +331,10 @@ class BlockGraph:
         """The block's weights; not the placeholders, new ones at each call, that offloading leaves where it takes them away."""
         block = self._block()
         return () if block is None else tuple(weight for weight in block.parameters() if not weight.is_meta)
+
+    def given(self, args: Sequence[Any]) -> Sequence[Tensor]:
+        """What a block takes was made within the call."""
+        return ()
 
     def _computing(self, programs: Programs) -> Callable[[Sequence[Any]], Sequence[Any]]:
         count = len(self._streams.places)

@@ -183,6 +183,17 @@ class StepClock:
         """Count one call at timestep ``time`` (None: unknown) in the context ``name`` (None: told by the pattern)."""
         return self._tick_unnamed(time) if name is None else self._tick_named(time, name)
 
+    def begin_anew(self, time: float | None) -> Tick:
+        """The unnamed call just counted is of another generation: count it as the first of a run."""
+        return self._begin_unnamed(time, broke=True, partial=True)
+
+    def is_unconfirmed(self, context: ContextKey, step: int) -> bool:
+        """Whether the turns of several unnamed contexts are told by the run's first step alone.
+
+        It may have held the first call of a run that was cut off behind it.
+        """
+        return isinstance(context, int) and self._unnamed is not None and self._unnamed.count > 1 and step <= 2
+
     def _tick_named(self, time: float | None, name: str) -> Tick:
         state = self._named.get(name)
         again = state is not None and state.course.last == state.course.first == time and time is not None

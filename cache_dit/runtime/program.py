@@ -96,6 +96,10 @@ class Cacheable(Protocol):
     def watched(self) -> Callable[[Sequence[Any]], Sequence[torch.Tensor]]:
         """Picks the weights from the arguments."""
 
+    @property
+    def given(self) -> Callable[[Sequence[Any]], Sequence[torch.Tensor]]:
+        """Picks the tensors that the caller gives from the arguments."""
+
     def plain(self, args: Sequence[Any]) -> Sequence[Any]:
         """Runs without the cache."""
 
@@ -125,6 +129,7 @@ class CachedGraph:
         "controls",
         "dynamic_sizes",
         "frame",
+        "given",
         "inputs",
         "outputs",
         "programs",
@@ -152,6 +157,7 @@ class CachedGraph:
         self.outputs = len(next(iter(reversed(original.graph.nodes))).args[0])
         self.time_index = find_time(placeholders)
         self.weight_index, self.watched = _watched_weights(placeholders)
+        self.given = _picker([i for i, node in enumerate(placeholders) if _is_given(node)])
         reader = SizeReader(placeholders, inputs)
         self.dynamic_sizes, self.sizes = reader.read, reader.sizes
 
@@ -220,6 +226,11 @@ def _is_tensor_of_model(node: fx.Node) -> bool:
     if not isinstance(example_of(node), torch.Tensor):
         return False
     return is_parameter(node) or (bool(_OF_MODEL.search(source_name(node))) and not _is_number_of_model(node))
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether an input is a tensor that the caller of the model hands over."""
+    return isinstance(example_of(node), torch.Tensor) and not is_parameter(node) and not _OF_MODEL.search(source_name(node))
 
 
 def sizes_are_known(inputs: CacheInputs, placeholders: Sequence[fx.Node]) -> bool:

@@ -26,6 +26,7 @@ from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .correction import FREE_BYTES, bytes_to_keep, correct, note_skipped, output_place
 from .program import Cacheable, UncachedGraph
+from .signs import Signs
 from .solvers import SOLVERS, SolverStep, TimeCheck, solver_steps
 from .timing import CallTimer
 
@@ -101,9 +102,11 @@ class Context:
     stores: dict[tuple[Cacheable, int], ResidualStore] = field(default_factory=dict)
     clock: float = 0.0
     last_increment: float | None = None
+    signs: Signs = field(default_factory=Signs)
 
     def forget(self) -> None:
         """Nothing stored is valid any more; buffers are kept for the next run of the same shapes."""
+        self.signs.forget()
         for store in self.stores.values():
             store.forget()
         self.clock, self.last_increment = 0.0, None
@@ -454,6 +457,8 @@ class Session:
         if self.runs is not None:
             self._ask_runs(self.runs)
         tick = self.clock.tick(forward.time, forward.name)
+        if isinstance(tick.context, int) and not tick.fresh and self._is_of_another(tick.context, graph.given(args)):
+            tick = self.clock.begin_anew(forward.time)
         forward.tick = tick
         if tick.broke:
             self.counters.refuse("pattern_broken")
@@ -463,7 +468,20 @@ class Session:
             context.run = tick.run
             if tick.context == 1 and tick.broke:
                 self._drop_other_contexts()
+        if isinstance(tick.context, int):
+            context.signs.note(tick.step, graph.given(args))
         return context
+
+    def _is_of_another(self, key: int, given: Sequence[torch.Tensor]) -> bool:
+        """Whether an unnamed call that keeps to the pattern shows signs of another generation all the same."""
+        context = self.contexts.get(key)
+        if context is None:
+            return False
+        if context.signs.has_other_caller():
+            self.said.warn("several_callers")
+            return True
+        others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
+        return context.signs.differ(given) or context.signs.belong_to(others, given)
 
     def _new_context(self, key: ContextKey) -> Context:
         """A context seen for the first time; beyond a bound the oldest one goes (it would begin anew, and compute)."""
@@ -540,7 +558,8 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Bytes that the buffers take now."""
-        return sum(store.bytes for context in self.contexts.values() for store in context.stores.values())
+        # copies: another thread may be in the middle of a call
+        return sum(store.bytes for context in list(self.contexts.values()) for store in list(context.stores.values()))
 
     def release(self) -> None:
         """Free everything stored."""
@@ -598,6 +617,9 @@ class Session:
             if decision.skip:
                 self.counters.refuse("first_call")
             decision = COMPUTE_FIRST
+        elif decision.skip and self.clock.is_unconfirmed(tick.context, step):
+            self.counters.refuse("unconfirmed")
+            decision = Decision(False, "unconfirmed")
         if not decision.skip:
             context.clock = 0.0
         self.counters.steps += 1
@@ -795,9 +817,10 @@ class Session:
         context = self.contexts.get(tick.context)
         if tick.fresh and context is not None:
             context.forget()
+            context.run = tick.run
         self._note_run(tick.run)
-        if tick.step not in self._decisions:
-            self._decisions[tick.step] = COMPUTE_FIRST, 0
+        if tick.step not in self._decisions[tick.run]:
+            self._decisions[tick.run][tick.step] = COMPUTE_FIRST, 0
             self.counters.steps += 1
 
     def _tries_capture(self, reports: Sequence[GraphReport]) -> bool:
