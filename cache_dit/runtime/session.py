@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .correction import FREE_BYTES, bytes_to_keep, correct, note_skipped, output_place
 from .program import Cacheable, UncachedGraph
-from .signs import Signs
+from .signs import MAX_FORMER, Signs, Steady
 from .solvers import SOLVERS, SolverStep, TimeCheck, solver_steps
 from .timing import CallTimer
 
@@ -166,6 +167,8 @@ class Session:
         self._forward: Forward | None = None
         # by run, since the runs of named contexts may overlap: of each step the decision and the hits in a row up to it
         self._decisions: dict[int, dict[int, tuple[Decision, int]]] = {}
+        # what the unnamed contexts of former runs were called with throughout
+        self._former: deque[Steady] = deque(maxlen=MAX_FORMER)
         self._noise_seed = 0
         self._looked_at_controls = False
         self._controls: dict[tuple[object, ...], torch.Tensor] = {}
@@ -481,7 +484,8 @@ class Session:
             self.said.warn("several_callers")
             return True
         others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
-        return context.signs.differ(given) or context.signs.belong_to(others, given)
+        signs = context.signs
+        return signs.differ(given) or signs.belong_to(others, given) or signs.are_of(self._former, given)
 
     def _new_context(self, key: ContextKey) -> Context:
         """A context seen for the first time; beyond a bound the oldest one goes (it would begin anew, and compute)."""
@@ -505,6 +509,7 @@ class Session:
     def _forget(self, context: Context) -> None:
         """Nothing this context has stored is valid any more; what its last step measured is counted first."""
         self._read_all(context)
+        self._former.extend(context.signs.steady())
         context.forget()
 
     # ---- what is stored ----------------------------------------------------------------------------------------

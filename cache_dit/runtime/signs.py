@@ -13,6 +13,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+Steady = tuple[int, "weakref.ref[torch.Tensor]"]
+# Arguments of former runs that are remembered.
+MAX_FORMER = 64
+
 
 class Signs:
     """Who made the last call of a context, and with what."""
@@ -52,6 +56,16 @@ class Signs:
         own = self._same(tensors)
         theirs = [each._same(tensors) for each in others if each._step == self._step]
         return any(b and not a for same in theirs for a, b in zip(own, same, strict=False))
+
+    def are_of(self, former: Iterable[Steady], tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether an argument is one that a former run had throughout, and this context's last call had not."""
+        own = self._same(tensors)
+        return any(place < len(own) and not own[place] and reference() is tensors[place] for place, reference in former)
+
+    def steady(self) -> list[Steady]:
+        """The arguments that were the same object at every call, by their places."""
+        steady = self._steady or ()
+        return [(place, reference) for place, reference in enumerate(self._given[: len(steady)]) if steady[place]]
 
     def _same(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
         return [reference() is tensor for reference, tensor in zip(self._given, tensors, strict=False)]
