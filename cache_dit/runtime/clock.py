@@ -28,6 +28,11 @@ def _close(time: float, listed: float) -> bool:
     return math.isclose(time, listed, rel_tol=LISTED_TOLERANCE)
 
 
+def _has_no_order(time: float | None) -> bool:
+    """Whether nothing lies before or behind a timestep: such a call is a run of its own."""
+    return time is not None and not math.isfinite(time)
+
+
 def listed_jumps(sigmas: Sequence[float]) -> Jumps:
     """The steps up of a list that goes down (or down of one that goes up): samplers that restart list them.
 
@@ -196,7 +201,11 @@ class StepClock:
 
     def _tick_named(self, time: float | None, name: str) -> Tick:
         state = self._named.get(name)
-        again = state is not None and state.course.last == state.course.first == time and time is not None
+        again = state is not None and (
+            (state.course.last == state.course.first == time and time is not None)
+            or _has_no_order(time)
+            or _has_no_order(state.course.last)
+        )
         if state is None or again or state.course.returns(time, self._jumps):
             state = _Named(_Course(self._run_for(state.course.run if state is not None else None), time))
             self._named[name] = state
@@ -218,6 +227,8 @@ class StepClock:
             return self._begin_unnamed(time, broke=False)
         if time is None:
             return self._next_in_turn(state, time)
+        if _has_no_order(time) or _has_no_order(state.course.last):
+            return self._begin_unnamed(time, broke=False)
         if not state.settled:
             if time == state.course.first:
                 return self._another_context(state, time)

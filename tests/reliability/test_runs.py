@@ -181,7 +181,7 @@ def orders(parties: int) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, parties - 1), min_size=4, max_size=40)
 
 
-few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @given(order=orders(2), warmup=st.integers(0, 3), sampler=st.sampled_from(["euler", "guided"]))
@@ -274,7 +274,8 @@ def test_batch_and_resolution_changed_and_changed_back(sizes: Sequence[tuple[int
     step = 0
     for batch, tokens in sizes:
         for place in range(3):
-            inputs = tensor(step, batch, tokens, models.CHANNELS), torch.full((batch,), 1 - step / 20), tensor(9, batch, models.WIDTH)
+            x, prompt = tensor(step, batch, tokens, models.CHANNELS), tensor(9, batch, models.WIDTH)
+            inputs = x, torch.full((batch,), 1 - step / 20), prompt
             before = hits_of(model)
             with torch.no_grad():
                 output, wanted = model(*inputs), plain(*inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -50,6 +51,9 @@ def counted(*calls: Call) -> str:
         pytest.param([9, 9, 8, 8, 9, 8], "1.1.1* 1.2.1* 1.1.2 1.2.2 2.1.1* 2.1.2", id="the next run has fewer contexts"),
         pytest.param([9, 9, 8, 9, 9, 8, 8], "1.1.1* 1.2.1* 1.1.2 2.1.1* 2.2.1* 2.1.2 2.2.2", id="cut in mid-step"),
         pytest.param([9, 9, 9], "1.1.1* 1.2.1* 1.3.1*", id="models that sample in one step never reuse"),
+        pytest.param([9, math.nan, 8, 7], "1.1.1* 2.1.1* 3.1.1* 3.1.2", id="NaN is a run of its own"),
+        pytest.param([math.inf, math.inf, 8, 7], "1.1.1* 2.1.1* 3.1.1* 3.1.2", id="so is infinity"),
+        pytest.param([(9, "a"), (math.nan, "a"), (8, "a")], "1.a.1* 2.a.1* 3.a.1*", id="with a name too"),
     ],
 )
 def test_unnamed_calls(calls: Sequence[float], expected: str) -> None:
