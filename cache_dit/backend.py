@@ -24,6 +24,7 @@ from .texts import text
 from .torch_internals import (
     backend_failure,
     break_reason,
+    check_internals,
     copy_dynamo_graph,
     frame_id,
     inner_compiler,
@@ -148,6 +149,7 @@ def compile_graph(
     gm: fx.GraphModule, examples: Sequence[Any], program: ProgramOptions, mode: str | None, calls: _Calls
 ) -> Callable[..., Any]:
     """Run the passes over a copy of the graph and compile what comes out with the inner compiler."""
+    check_internals()
     language = calls.options.language if calls.options is not None else _language_of_session()
     compile_inner = FallbackCompiler(program, mode, language)
     report = GraphReport.of(gm, break_reason(gm), recompile_reason())

@@ -99,6 +99,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "belongs to: every change of hands computes anew\n"
         "Remedy: name each generation with `cache_dit.context(model, name)`",
     ),
+    "torch_moved": (
+        "torch {version} 中没有 cache_dit 所依赖的内部名称: {names}\n解决方案: 使用经过测试的 torch 版本: {tested}",
+        "torch {version} lacks internal names that cache_dit rests on: {names}\nRemedy: use a version of torch that was "
+        "tested: {tested}",
+    ),
     "displaced": (
         "`model.compile()` 在 enable_cache 之后被调用并取代了缓存，模型正在无缓存运行\n"
         "解决方案: 再调用一次 `enable_cache(model)`；enable_cache 会自行编译模型，无需再调用 compile",

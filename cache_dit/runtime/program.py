@@ -190,7 +190,7 @@ class SizeReader:
             value = example_of(node)
             for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
                 if isinstance(size, torch.SymInt):
-                    where.setdefault(size.node.expr, (i, axis))
+                    where.setdefault(symbol_of(size), (i, axis))
         self._symbols, self._places = tuple(where), tuple(where.values())
         # numbers that the model itself holds, such as an adapter's scale: what was stored is not valid under another one
         self._numbers = tuple(i for i, node in enumerate(placeholders) if _is_number_of_model(node))
@@ -254,11 +254,11 @@ def _find(symbol: Any, placeholders: Sequence[fx.Node]) -> tuple[int, int | None
     """(input, None) for a size that is an input itself, (input, axis) for a tensor's."""
     for i, node in enumerate(placeholders):
         value = example_of(node)
-        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+        if isinstance(value, torch.SymInt) and symbol_of(value) == symbol:
             return i, None
         if isinstance(value, torch.Tensor):
             for axis, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                if isinstance(size, torch.SymInt) and symbol_of(size) == symbol:
                     return i, axis
     return None
 

@@ -23,7 +23,9 @@ class Staged(Protocol):
 class Interpreter:
     """Runs the blocks [front, depth - back), or adds what they added when they last ran, as the fixed strategy says."""
 
-    def __init__(self, model: Staged, front: int, back: int, warmup: int, interval: int, most: int, schedule: str | None) -> None:
+    def __init__(
+        self, model: Staged, front: int, back: int, warmup: int, interval: int, most: int, schedule: str | None
+    ) -> None:
         self.model, self.cached, self.schedule = model, range(front, model.depth - back), schedule
         self.warmup, self.interval, self.most = warmup, interval, most
         self.begin_run()

@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     torch.set_num_threads(1)
     results = {module: measure(module, given.sample, given.seed) for module in modules}

@@ -18,8 +18,7 @@ from cache_dit.errors import NoBlocksError
 from cache_dit.messages import CacheDitWarning
 from cache_dit.options import CacheOptions
 
-from .. import models
-from .generations import EXACT, enabled, hits_of, prompted, tensor
+from .generations import EXACT, hits_of, prompted, tensor
 from .interpreter import Interpreter, State, run
 
 WIDTH = 6
@@ -107,7 +106,8 @@ options = st.fixed_dictionaries(
         "lowering": st.sampled_from(["specialize", "cond"]),
     }
 )
-events = st.lists(st.sampled_from(["call"] * 8 + ["jump", "new_run", "weights", "batch", "fault", "again"]), min_size=6, max_size=24)
+names_of_events = [*["call"] * 8, "jump", "new_run", "weights", "batch", "fault", "again"]
+events = st.lists(st.sampled_from(names_of_events), min_size=6, max_size=24)
 
 
 @given(kind=st.sampled_from(KINDS), depth=st.integers(0, 5), options=options, events=events)
@@ -127,9 +127,8 @@ def test_any_stack_gives_what_the_interpreter_gives(kind: str, depth: int, optio
         except NoBlocksError:
             assert len(model.blocks) < 2
             return
-        interpreter = Interpreter(
-            model, front, back, options["warmup_steps"], options["skip_interval"], options["max_consecutive_hits"], options["schedule"]
-        )
+        rules = [options[name] for name in ("warmup_steps", "skip_interval", "max_consecutive_hits", "schedule")]
+        interpreter = Interpreter(model, front, back, *rules)
         step, batch = 0, 2
         for n, event in enumerate(events):
             if event == "jump":
@@ -183,7 +182,7 @@ anything = st.one_of(
     st.integers(),
     st.floats(),
     st.text(string.printable, max_size=8),
-    st.sampled_from(["fixed", "dynamic", "adaptive", "auto", "eager", "inductor", "cond", "zh", "en", "../x", "__import__('os')"]),
+    st.sampled_from(["fixed", "dynamic", "adaptive", "auto", "eager", "inductor", "cond", "zh", "../x", "__import__('os')"]),
     st.lists(st.integers(0, 1), max_size=4),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
     st.binary(max_size=3),
@@ -211,4 +210,3 @@ def test_any_options_are_taken_or_refused_in_our_words(chosen: dict[str, Any]) -
         cache_dit.disable_cache(model)
     cache_dit.enable_cache(model, **EXACT)
     assert cache_dit.get_stats(model).calls == 0
-    assert models.WIDTH and enabled is not None
