@@ -2,10 +2,10 @@
 
     python tests/reliability/soak.py --calls 10000 --seed 0
 
-Computed calls must be the plain model's, skipped ones those of caching by hand: the region's residual of the context's last
-computed call, kept beside. Events: other prompts, samplers, shapes, numbers of steps, weights written to, replaced and loaded, an
-adapter's scale, off and on again with other options, exceptions, calls with gradients, inference mode, named contexts,
-threads, statistics read, runs cut off. Memory must be flat behind the first fifth.
+Computed calls must be the plain model's, skipped ones those of caching by hand: the residual of the context's last computed
+call, kept beside. Events: other prompts, shapes, numbers of steps, weights written to, replaced and loaded, an adapter's
+scale, off and on again with other options, exceptions, calls with gradients, inference mode, named contexts, threads,
+statistics read, runs cut off. Memory must be flat behind the first fifth.
 """
 
 from __future__ import annotations

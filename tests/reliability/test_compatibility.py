@@ -45,7 +45,8 @@ def private_names(tree: ast.Module) -> list[str]:
             if any(part.startswith("_") for part in f"{node.module}.{node.names[0].name}".split(".")):
                 found.append(f"{node.lineno}: {node.module}")
         elif isinstance(node, ast.Import):
-            found += [f"{node.lineno}: {name.name}" for name in node.names if name.name.startswith("torch.") and "._" in name.name]
+            modules = [each.name for each in node.names]
+            found += [f"{node.lineno}: {name}" for name in modules if name.startswith("torch.") and "._" in name]
         elif isinstance(node, ast.Attribute):
             under_torch = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr.startswith("_")
             of_symbol = node.attr in ("expr", "hint") and isinstance(node.value, ast.Attribute) and node.value.attr == "node"

@@ -17,7 +17,7 @@ from .test_compatibility import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "open"}
-FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "subprocess", "socket", "urllib", "http", "requests", "ftplib"}
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "subprocess", "socket", "urllib", "http", "requests"}
 FORBIDDEN_METHODS = {("torch", "load"), ("torch", "save"), ("os", "system"), ("os", "popen"), ("torch.hub", "load")}
 # Who may open a file, and why: the command that writes pictures where the user says; the nodes' own translations; the
 # sources of a model's classes, read to see what they mention.
@@ -104,7 +104,8 @@ cache_dit.disable_cache(model)
 
 def test_no_file_is_written(tmp_path: Path) -> None:
     """Enabling, running, asking and disabling leave the working directory and the home directory as they were."""
-    environment = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
+    environment = {**os.environ, **folders, "PYTHONDONTWRITEBYTECODE": "1"}
     (tmp_path / "work").mkdir()
     (tmp_path / "home").mkdir()
     (tmp_path / "tmp").mkdir()
