@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TREE := build/typecheck
 
-.PHONY: help install demo test lint typecheck pytest test-comfy coverage bench quality quality-full clean
+.PHONY: help install demo test lint typecheck pytest test-comfy coverage bench quality quality-full soak mutation clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,14 @@ quality: $(STAMP)  ## what each rule does to the pictures: the named part, half 
 
 quality-full: $(STAMP)  ## the whole crossing of factors, hours; goes on where it was stopped
 	$(BIN)/python benchmarks/quality.py --full $(ARGS)
+
+soak: $(STAMP)  ## ten thousand calls with random events, and the tests that take minutes; ARGS="--calls 500"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/soak.py $(ARGS)
+	CACHE_DIT_SOAK=1 $(BIN)/pytest tests/reliability -m soak
+
+mutation: $(STAMP)  ## changes to the runtime's code that tests must notice, hours; ARGS="clock --sample 50"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[mutation]'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/mutation.py $(ARGS)
 
 clean:  ## remove what was built, the environment too
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

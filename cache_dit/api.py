@@ -24,6 +24,7 @@ from .runtime.session import Session, context_names
 from .statistics import CacheStats, format_summary, global_stats_dict, merge_stats
 from .structure import may_have_blocks
 from .texts import text
+from .torch_internals import in_compile_slot
 
 Model = TypeVar("Model")
 
@@ -140,7 +141,7 @@ _OWN_INNER = ("inductor", "aot_eager", "eager")
 
 
 def _is_enabled(module: torch.nn.Module) -> bool:
-    return isinstance(module._compiled_call_impl, CachedCall)
+    return isinstance(in_compile_slot(module), CachedCall)
 
 
 def _enable(module: torch.nn.Module, options: CacheOptions) -> None:
@@ -183,9 +184,11 @@ def _sessions_in_force(module: torch.nn.Module) -> list[Session]:
 
 def _disable(module: torch.nn.Module) -> None:
     for session in _sessions_in_force(module):
-        session.enabled = False
-        session.release()
-    call = module._compiled_call_impl
+        # a call of another thread ends first
+        with session.lock:
+            session.enabled = False
+            session.release()
+    call = in_compile_slot(module)
     if isinstance(call, CachedCall):
         call.remove()
 

@@ -25,6 +25,7 @@ from .texts import text
 from .torch_internals import (
     backend_failure,
     break_reason,
+    check_internals,
     copy_dynamo_graph,
     frame_id,
     inner_compiler,
@@ -149,6 +150,7 @@ def compile_graph(
     gm: fx.GraphModule, examples: Sequence[Any], program: ProgramOptions, mode: str | None, calls: _Calls
 ) -> Callable[..., Any]:
     """Run the passes over a copy of the graph and compile what comes out with the inner compiler."""
+    check_internals()
     language = calls.options.language if calls.options is not None else _language_of_session()
     compile_inner = FallbackCompiler(program, mode, language)
     report = GraphReport.of(gm, break_reason(gm), recompile_reason())
@@ -163,7 +165,7 @@ def compile_graph(
     else:
         report.region = describe_region(rewritten.region, rewritten.inputs)
         programs = _lowered(rewritten.graph, examples, program, compile_inner, report, language)
-        plain = _plain(copy_dynamo_graph(gm), program)
+        plain = _plain(copy_dynamo_graph(gm), program, compile_inner)
         runnable = CachedGraph(
             calls.find, programs, plain, rewritten.inputs, gm, report, frame_id(gm), rewritten.controls
         )
@@ -253,12 +255,12 @@ def _lowered(
     return programs
 
 
-def _plain(gm: fx.GraphModule, program: ProgramOptions) -> Callable[..., Any]:
+def _plain(gm: fx.GraphModule, program: ProgramOptions, compile_inner: FallbackCompiler) -> Callable[..., Any]:
     """The graph as it was traced, for calls that must not use the cache; compiled when the first of them comes."""
     if program.inner == "eager":
         run: Callable[..., Any] = gm.forward
         return run
-    return torch.compile(gm, backend=program.inner, dynamic=True)
+    return torch.compile(gm, backend=compile_inner, dynamic=True)
 
 
 def _announce_start(report: GraphReport, language: str | None) -> None:

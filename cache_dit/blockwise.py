@@ -25,11 +25,19 @@ from .backend import FallbackCompiler
 from .explanation import GraphReport, RegionReport, describe_region
 from .lowering import choose_lowering, with_cache_examples
 from .options import ProgramOptions
-from .runtime.buffers import Sizes
+from .runtime.buffers import Dynamic, Sizes
 from .runtime.program import Programs
 from .runtime.session import active_session
 from .texts import text
-from .torch_internals import allowing_recompiles, compile_limits, fake_like
+from .torch_internals import (
+    COMPILE_SLOT,
+    allowing_recompiles,
+    compile_limits,
+    fake_like,
+    uncompiled_call,
+    without_source,
+    write_counter,
+)
 
 if TYPE_CHECKING:
     from .runtime.session import Session
@@ -37,7 +45,6 @@ if TYPE_CHECKING:
 # There is nothing to branch over between blocks that run one by one: the host picks the program.
 LOWERING = "specialize"
 BlockPrograms = tuple[Programs, passes.CacheInputs]
-_SLOT = "_compiled_call_impl"
 # Arguments of these types cannot carry state out of a block that is skipped.
 _STATELESS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 # Combinations of shapes kept for a block.
@@ -146,23 +153,27 @@ class CachedBlock:
         self._replaced: Any = None
         self._had_slot = False
         self._graphs: dict[Hashable, BlockGraph | None] = {}
-        self._run: Callable[..., Any] = block._call_impl
+        self._run: Callable[..., Any] = uncompiled_call(block)
         if owner.program.inner != "eager":
             self._run = allowing_recompiles(torch.compile(self._run, backend=owner.compile_inner, **compile_limits()))
 
     def install(self) -> None:
         """Take the slot."""
-        self._had_slot, self._replaced = _SLOT in vars(self._block), vars(self._block).get(_SLOT)
-        setattr(self._block, _SLOT, self)
+        self._had_slot, self._replaced = COMPILE_SLOT in vars(self._block), vars(self._block).get(COMPILE_SLOT)
+        setattr(self._block, COMPILE_SLOT, self)
 
     def remove(self) -> None:
         """Put back what was in it."""
-        if vars(self._block).get(_SLOT) is not self:
+        if vars(self._block).get(COMPILE_SLOT) is not self:
             return
         if self._had_slot:
-            setattr(self._block, _SLOT, self._replaced)
+            setattr(self._block, COMPILE_SLOT, self._replaced)
         else:
-            delattr(self._block, _SLOT)
+            delattr(self._block, COMPILE_SLOT)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model is uncached."""
+        return type(None), ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self._owner.session
@@ -245,7 +256,7 @@ _MAX_DEPTH = 4
 def _state_of(value: Any, found: list[tuple[Any, int]], depth: int) -> bool:
     """Append the parts of a value; False where they go deeper than is looked."""
     if isinstance(value, Tensor):
-        found.append((value, 0 if value.is_inference() else value._version))
+        found.append((value, write_counter(value)))
         return True
     found.append((value, 0))
     if isinstance(value, (*_STATELESS, type, FunctionType, BuiltinFunctionType)):
@@ -305,11 +316,11 @@ class BlockGraph:
         """A block does not know the timestep."""
         return None
 
-    def dynamic_sizes(self, args: Sequence[Any]) -> tuple[int, ...]:
+    def dynamic_sizes(self, args: Sequence[Any]) -> Dynamic:
         """Other shapes are another graph."""
         return ()
 
-    def sizes(self, dynamic: tuple[int, ...]) -> Sizes:
+    def sizes(self, dynamic: Dynamic) -> Sizes:
         """Sizes of the buffers."""
         return self._sizes
 
@@ -317,6 +328,10 @@ class BlockGraph:
         """The block's weights; not the placeholders, new ones at each call, that offloading leaves where it takes them away."""
         block = self._block()
         return () if block is None else tuple(weight for weight in block.parameters() if not weight.is_meta)
+
+    def given(self, args: Sequence[Any]) -> Sequence[Tensor]:
+        """What a block takes was made within the call."""
+        return ()
 
     def _computing(self, programs: Programs) -> Callable[[Sequence[Any]], Sequence[Any]]:
         count = len(self._streams.places)
@@ -377,8 +392,7 @@ def _graph_around_block(streams: Streams, examples: Sequence[Tensor], owner: Blo
     for name, example in zip(names, examples, strict=True):
         node = graph.placeholder(name)
         node.meta["example_value"] = example
-        node._dynamo_source = None
-        placeholders.append(node)
+        placeholders.append(without_source(node))
     bases, made = placeholders[:count], placeholders[count:]
     live_outs = []
     for node, base in zip(made, streams.base_of, strict=True):

@@ -92,6 +92,18 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "该模型没有启用缓存，`disable_cache()` 未做任何更改",
         "Caching is not enabled for this model; `disable_cache()` changed nothing",
     ),
+    "several_callers": (
+        "同一轮采样中未命名的调用来自多个线程或 asyncio 任务，无法区分属于哪次生成；每次换手都会重新计算\n"
+        "解决方案: 用 `cache_dit.context(model, 名称)` 为每次生成命名",
+        "Unnamed calls of one run came from several threads or asyncio tasks, so it cannot be told which generation each "
+        "belongs to: every change of hands computes anew\n"
+        "Remedy: name each generation with `cache_dit.context(model, name)`",
+    ),
+    "torch_moved": (
+        "torch {version} 中没有 cache_dit 所依赖的内部名称: {names}\n解决方案: 使用经过测试的 torch 版本: {tested}",
+        "torch {version} lacks internal names that cache_dit rests on: {names}\nRemedy: use a version of torch that was "
+        "tested: {tested}",
+    ),
     "displaced": (
         "`model.compile()` 在 enable_cache 之后被调用并取代了缓存，模型正在无缓存运行\n"
         "解决方案: 再调用一次 `enable_cache(model)`；enable_cache 会自行编译模型，无需再调用 compile",
@@ -352,6 +364,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "count_eager_context": ("该上下文不编译", "a context that is not compiled"),
     "count_weights_changed": ("权重改变", "weights changed"),
     "count_pattern_broken": ("调用规律被打破", "pattern of calls broken"),
+    "count_unconfirmed": ("未命名上下文的规律尚未确认", "pattern of unnamed contexts not confirmed yet"),
     "count_no_timestep": ("没有时间步", "no timestep"),
     "count_out_of_memory": ("内存不足", "out of memory"),
     "count_block_state": (

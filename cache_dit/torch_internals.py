@@ -1,10 +1,13 @@
-"""The private names of torch that tracing and compiling rest on, seen in torch 2.13; docs/design.md lists each, and others.
+"""Every private name of torch that we touch; no other module touches one (but for `registration`, which may not import torch).
 
-Each function fails with one clear error, or says None where the answer only enriches a message.
+`PRIVATE_NAMES` lists them, `check_internals` fails with one clear error where one has moved, and tests/reliability checks
+each under the versions in `TESTED_VERSIONS`.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +20,7 @@ import torch
 from torch import fx
 
 from .errors import CacheDitError
+from .texts import text
 
 RECOMPILE_LIMIT = 64
 # Attributes that Dynamo sets on the module it hands to a backend, and that AOT autograd reads from it.
@@ -26,6 +30,97 @@ _EVAL_FRAME, _CONVERT_FRAME, _MODULE_CALL = (
     os.path.join("torch", *path)
     for path in (("_dynamo", "eval_frame.py"), ("_dynamo", "convert_frame.py"), ("nn", "modules", "module.py"))
 )
+
+
+TESTED_VERSIONS = ("2.11", "2.13")
+# module: what of it is used. The error names those that are gone.
+PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
+    "torch._C._dynamo.eval_frame": ("reset_code",),
+    "torch._dynamo.backends.registry": ("_BACKENDS", "lookup_backend"),
+    "torch._dynamo.config": ("patch", "capture_dynamic_output_shape_ops", "capture_scalar_outputs", "recompile_limit"),
+    "torch._dynamo.exc": ("BackendCompilerFailed", "InvalidBackend", "TorchDynamoException"),
+    "torch._dynamo.utils": ("counters", "get_metrics_context"),
+    "torch._logging._internal": ("trace_structured",),
+    "torch._ops": ("HigherOrderOperator", "OpOverload"),
+    "torch._subclasses": ("FakeTensor", "FakeTensorMode"),
+    "torch.nn.Module": ("_call_impl", "_compiled_call_impl", "_wrapped_call_impl"),
+    "torch.Tensor": ("_version",),
+    "torch.ops.higher_order": ("cond",),
+}
+# The slot of ``nn.Module.compile``, and where an ``OptimizedModule`` keeps its module.
+COMPILE_SLOT = "_compiled_call_impl"
+_ORIGINAL = "_orig_mod"
+
+
+@functools.cache
+def check_internals() -> None:
+    """Raise one clear error where a name that we rest on is not in this torch.
+
+    Raises:
+        CacheDitError: it names them, and the versions that were tested.
+    """
+    gone = missing_names()
+    if gone:
+        tested = ", ".join(TESTED_VERSIONS)
+        raise CacheDitError(text("torch_moved", None, version=torch.__version__, names=", ".join(gone), tested=tested))
+
+
+def missing_names() -> list[str]:
+    """Those of `PRIVATE_NAMES` that this torch does not have."""
+    return [f"{place}.{name}" for place, names in PRIVATE_NAMES.items() for name in names if not _has(place, name)]
+
+
+def _has(place: str, name: str) -> bool:
+    try:
+        holder: Any = importlib.import_module(place)
+    except ImportError:
+        try:
+            holder = attrgetter(place.partition(".")[2])(torch)
+        except AttributeError:
+            return False
+    return hasattr(holder, name)
+
+
+def original_of(module: Any) -> Any:
+    """The module inside what ``torch.compile(module)`` returned; anything else is itself."""
+    return getattr(module, _ORIGINAL, module)
+
+
+def uncompiled_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """What calls a module, hooks included, whatever is in its compile slot."""
+    call: Callable[..., Any] = module._call_impl
+    return call
+
+
+def in_compile_slot(module: torch.nn.Module) -> Any:
+    """What is called in the module's place."""
+    return module._compiled_call_impl
+
+
+def write_counter(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; 0 for inference tensors, which do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def without_source(node: fx.Node) -> fx.Node:
+    """Mark a graph input as ours: AOT autograd asserts that each has a source or none."""
+    node._dynamo_source = None
+    return node
+
+
+def hint_of(size: Any) -> Any:
+    """The value that a symbolic number had when it was traced; a plain one stays itself."""
+    return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
+def is_mutable_overload(target: object) -> bool | None:
+    """Whether an operator writes to its arguments by its schema; None for what is no overload of one."""
+    return bool(target._schema.is_mutable) if isinstance(target, torch._ops.OpOverload) else None
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether an operator takes graphs."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:

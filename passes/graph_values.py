@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..torch_internals import hint_of, is_higher_order, is_mutable_overload, symbol_of
+
 _MUTATING_FUNCTIONS = frozenset({"iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "setitem"})
 # Names that end like an in-place method and are none.
 _NOT_MUTATING = frozenset({"and_", "or_", "not_", "xor_", "is_", "requires_grad_"})
@@ -59,7 +61,7 @@ def example_of(node: fx.Node) -> object:
 
 def shape_key(tensor: torch.Tensor) -> tuple[object, ...]:
     """Dtype and sizes; symbolic sizes by their expression, since comparing SymInts would install guards."""
-    return (tensor.dtype, *(size if isinstance(size, int) else str(size.node.expr) for size in tensor.shape))
+    return (tensor.dtype, *(size if isinstance(size, int) else str(symbol_of(size)) for size in tensor.shape))
 
 
 def is_parameter(node: fx.Node) -> bool:
@@ -88,8 +90,9 @@ def is_mutation(node: fx.Node) -> bool:
         return True
     if name in _NOT_MUTATING or name.startswith("_"):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
+    by_schema = is_mutable_overload(node.target)
+    if by_schema is not None:
+        return by_schema
     return name.endswith("_") or "out" in node.kwargs or _works_in_place(node)
 
 
@@ -135,7 +138,7 @@ def _is_not_zero(probability: Any) -> bool:
     if not isinstance(probability, fx.Node):
         return bool(probability != 0.0)
     value = example_of(probability)
-    if not isinstance(value, torch.SymFloat) or value.node.hint is None:
+    if not isinstance(value, torch.SymFloat) or hint_of(value) is None:
         return True
     # asking guards the answer: with another value the model is traced again
     return bool(value != 0.0)
@@ -147,6 +150,6 @@ def is_removable(node: fx.Node) -> bool:
         return True
     if node.op not in ("call_function", "call_method") or is_mutation(node) or is_random(node):
         return False
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if is_higher_order(node.target):
         return False
     return not name_of(node).startswith(("_enter", "_exit", "_vmap", "_add_batch", "_remove_batch", "_set_"))

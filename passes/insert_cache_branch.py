@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..torch_internals import hint_of, without_source
 from . import residual_math
 from .choose_region import Region
 from .graph_values import example_of
@@ -164,7 +165,7 @@ def _add_placeholders(graph: fx.Graph, inputs: CacheInputs, like: torch.Tensor) 
             last = graph.placeholder(f"cache_{name}")
         last.meta["example_value"] = example
         # AOT autograd asserts that every placeholder of a Dynamo graph names its source (seen in torch 2.13)
-        last._dynamo_source = None
+        without_source(last)
         placeholders[name] = last
     return placeholders
 
@@ -304,7 +305,7 @@ def _dimension_order(example: torch.Tensor) -> list[int] | None:
     """Dimensions from the largest stride to the smallest where that is not the natural order; None where it is."""
     strides = example.stride()
     if not all(isinstance(stride, int) for stride in strides):
-        hints = [stride if isinstance(stride, int) else stride.node.hint for stride in strides]
+        hints = [hint_of(stride) for stride in strides]
         if any(hint is None for hint in hints):
             return None
         strides = tuple(int(hint) for hint in hints)

@@ -25,6 +25,14 @@ settings.register_profile("default", deadline=None)
 settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes is for `make soak`."""
+    if "CACHE_DIT_SOAK" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("soak") is not None:
+                item.add_marker(pytest.mark.skip(reason="make soak runs this"))
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """Nothing compiled before the test, nothing left after it."""

@@ -516,12 +516,12 @@ def test_noise_follows_the_users_seed() -> None:
 def test_noise_repeats_in_the_next_run_of_one_model_and_differs_between_contexts() -> None:
     model = models.seeded(Bare)
     outputs: list[list[Tensor]] = []
-    with torch.no_grad(), cache_dit.cached(model, **{**EXACT, "noise_scale": NOISE}, schedule="10"):
+    with torch.no_grad(), cache_dit.cached(model, **{**EXACT, "noise_scale": NOISE}, schedule="110"):
         for _ in range(2):
-            outputs.append([model(x, t) for x, t in inputs_of_run(2) for _ in ("positive", "negative")])
+            outputs.append([model(x, t) for x, t in inputs_of_run(3) for _ in ("positive", "negative")])
     for a, b in zip(*outputs, strict=True):
         assert torch.equal(a, b)
-    positive, negative = outputs[0][2:]
+    positive, negative = outputs[0][4:]
     assert not torch.equal(positive, negative)
     torch.testing.assert_close(positive, negative, rtol=0.2, atol=0.2)
 

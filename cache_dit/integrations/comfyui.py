@@ -25,6 +25,7 @@ from ..runtime.session import CallRecord, Session, context_names
 from ..statistics import CacheStats, Counters, format_speedup, stats_between
 from ..structure import may_have_blocks
 from ..texts import text
+from ..torch_internals import COMPILE_SLOT, original_of, uncompiled_call
 from .comfyui_models import Mentions, reaches_wrappers, unreached
 from .comfyui_sampling import SamplerClock, Sampling
 from .timeline import Timeline
@@ -38,7 +39,6 @@ OUTER_SAMPLE, PREDICT_NOISE, APPLY_MODEL, DIFFUSION_MODEL = (
     "apply_model",
     "diffusion_model",
 )
-_SLOT = "_compiled_call_impl"
 _CALLBACK = 5
 _ABSENT: Any = object()
 
@@ -120,7 +120,7 @@ def _detach(patcher: Any) -> None:
 
 def plain_module(module: Any) -> torch.nn.Module:
     """The module inside what ``torch.compile(module)`` returned."""
-    original = getattr(module, "_orig_mod", None)
+    original = original_of(module)
     found: torch.nn.Module = original if isinstance(original, torch.nn.Module) else module
     return found
 
@@ -267,18 +267,18 @@ class PatcherCache:
         if run is not None:
             run.kind = type(module)
             run.freeze(module)
-        before = vars(module).get(_SLOT, _ABSENT)
+        before = vars(module).get(COMPILE_SLOT, _ABSENT)
         if not inside:
-            setattr(module, _SLOT, self._call(module, module._call_impl))
+            setattr(module, COMPILE_SLOT, self._call(module, uncompiled_call(module)))
         elif before is not _ABSENT:
-            delattr(module, _SLOT)
+            delattr(module, COMPILE_SLOT)
         try:
             return executor(*args, **kwargs)
         finally:
             if before is not _ABSENT:
-                setattr(module, _SLOT, before)
+                setattr(module, COMPILE_SLOT, before)
             elif not inside:
-                delattr(module, _SLOT)
+                delattr(module, COMPILE_SLOT)
             if held is not module:
                 base.diffusion_model = held
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..runtime.program import time_names
+from ..torch_internals import original_of
 
 if TYPE_CHECKING:
     from ..runtime.session import Session
@@ -44,7 +45,7 @@ def denoisers(pipeline: Any) -> list[torch.nn.Module]:
 
 
 def _takes_time(module: torch.nn.Module) -> bool:
-    original = getattr(module, "_orig_mod", module)
+    original = original_of(module)
     try:
         names = inspect.signature(original.forward).parameters
     except (TypeError, ValueError):
@@ -209,6 +210,6 @@ class PipelineRuns:
 def follow_pipeline(pipeline: Any, sessions: Sequence[Session]) -> None:
     """Hear contexts at each denoiser; take steps and noise levels from the scheduler where one denoiser runs them all."""
     for module, session in zip(denoisers(pipeline), sessions, strict=True):
-        follow_module(getattr(module, "_orig_mod", module), session)
+        follow_module(original_of(module), session)
         session.runs = PipelineRuns(pipeline)
         session.runs_whole_schedule = len(sessions) == 1

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import NoBlocksError
 from ..texts import text
+from ..torch_internals import original_of
 from . import diffusers as diffusers_integration
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def denoisers_of(model: object, language: str | None, *, required: bool = True) 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The module inside what ``torch.compile(module)`` returned; any other module is itself."""
-    original = getattr(module, "_orig_mod", None)
+    original = original_of(module)
     return original if isinstance(original, torch.nn.Module) else module
 
 

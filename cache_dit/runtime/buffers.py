@@ -16,6 +16,7 @@ from ..torch_internals import outside_inference_mode, write_counters
 from .correction import Past
 
 Sizes = tuple[tuple[int, ...], ...]
+Dynamic = tuple[float, ...]
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class ResidualStore:
     """
 
     sizes: Sizes
-    dynamic: tuple[int, ...]
+    dynamic: Dynamic
     residuals: list[list[torch.Tensor]]
     measured: torch.Tensor
     front: torch.Tensor | None
@@ -142,11 +143,11 @@ def _move(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     return torch.where(change > 0, change / size, torch.zeros_like(change))
 
 
-def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: tuple[int, ...], weights: Sequence[torch.Tensor]) -> ResidualStore:
+def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: Dynamic, weights: Sequence[torch.Tensor]) -> ResidualStore:
     """Take the buffers, filled with zeros: a weight of 0 does not exclude a buffer that holds NaN.
 
     ``sizes`` has one entry for each live-out, and one for the front's output where the program keeps it; ``dynamic`` are
-    the sizes of the graph's inputs for which the store is valid.
+    the sizes of the graph's inputs, and the model's numbers among them, for which the store is valid.
     """
     with outside_inference_mode():
         residuals = [

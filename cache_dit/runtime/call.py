@@ -11,14 +11,21 @@ import torch
 from ..backend import OwnedBackend, owned_backend
 from ..structure import chain_of_blocks, main_list
 from ..texts import text
-from ..torch_internals import allowing_recompiles, capturing_more, compile_limits, is_tracing_failure, trace_again
+from ..torch_internals import (
+    COMPILE_SLOT,
+    allowing_recompiles,
+    capturing_more,
+    compile_limits,
+    is_tracing_failure,
+    trace_again,
+    uncompiled_call,
+)
 from .program import read_time, time_names
 from .session import Capture, Session, active_session
 
 if TYPE_CHECKING:
     from ..blockwise import Blockwise
 
-_SLOT = "_compiled_call_impl"
 _ABSENT: Any = object()
 
 
@@ -35,12 +42,12 @@ class CachedCall:
         self.session = session
         self._module, self._backend = module, backend
         # what is compiled: the module's call, hooks included, or the part of it that an integration names
-        self._function: Callable[..., Any] = module._call_impl if function is None else function
+        self._function: Callable[..., Any] = uncompiled_call(module) if function is None else function
         session.main_list = main_list(module)
         self._chain = chain_of_blocks(module)
         program = backend.program
         session.blocks_may_help = len(self._chain) > program.front_blocks + program.back_blocks
-        self._replaced = vars(module).get(_SLOT, _ABSENT)
+        self._replaced = vars(module).get(COMPILE_SLOT, _ABSENT)
         self._compiled: Callable[..., Any] | None = None
         self._blockwise: Blockwise | None = None
         self._capture = session.capture
@@ -54,34 +61,41 @@ class CachedCall:
 
     def install(self) -> None:
         """Take the module's ``compile`` slot."""
-        setattr(self._module, _SLOT, self)
+        setattr(self._module, COMPILE_SLOT, self)
 
     def remove(self) -> None:
         """Put back what was in the slot, and in those of the blocks where they were taken."""
         self._leave_blocks()
-        if vars(self._module).get(_SLOT) is not self:
+        if vars(self._module).get(COMPILE_SLOT) is not self:
             return
         if self._replaced is _ABSENT:
-            delattr(self._module, _SLOT)
+            delattr(self._module, COMPILE_SLOT)
         else:
-            setattr(self._module, _SLOT, self._replaced)
+            setattr(self._module, COMPILE_SLOT, self._replaced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model is uncached, also where its class copies attributes that ``nn.Module`` leaves out."""
+        return type(None), ()
+
     def _bracketed(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
-        compiled = self._compiled
-        if compiled is None:
-            compiled = self._compiled = self._compile()
+        if active_session.get() is session:
+            # the model calls itself, from code that Dynamo does not trace: a part of the call under way
+            return self._function(*args, **kwargs)
         result: Any = None
         with session.lock:
+            compiled = self._compiled
+            if compiled is None:
+                compiled = self._compiled = self._compile()
             token = active_session.set(session)
-            self._arguments = (args, kwargs)
-            # not for longer than the call: the session must not keep the module alive
-            session.call_time = self._time
-            session.begin()
             try:
+                self._arguments = (args, kwargs)
+                # not for longer than the call: the session must not keep the module alive
+                session.call_time = self._time
+                session.begin()
                 result = (self._function if session.runs_eager else compiled)(*args, **kwargs)
             except BaseException as error:
                 session.abort()

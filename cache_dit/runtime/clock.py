@@ -28,6 +28,11 @@ def _close(time: float, listed: float) -> bool:
     return math.isclose(time, listed, rel_tol=LISTED_TOLERANCE)
 
 
+def _has_no_order(time: float | None) -> bool:
+    """Whether nothing lies before or behind a timestep: such a call is a run of its own."""
+    return time is not None and not math.isfinite(time)
+
+
 def listed_jumps(sigmas: Sequence[float]) -> Jumps:
     """The steps up of a list that goes down (or down of one that goes up): samplers that restart list them.
 
@@ -183,9 +188,24 @@ class StepClock:
         """Count one call at timestep ``time`` (None: unknown) in the context ``name`` (None: told by the pattern)."""
         return self._tick_unnamed(time) if name is None else self._tick_named(time, name)
 
+    def begin_anew(self, time: float | None) -> Tick:
+        """The unnamed call just counted is of another generation: count it as the first of a run."""
+        return self._begin_unnamed(time, broke=True, partial=True)
+
+    def is_unconfirmed(self, context: ContextKey, step: int) -> bool:
+        """Whether the turns of several unnamed contexts are told by the run's first step alone.
+
+        It may have held the first call of a run that was cut off behind it.
+        """
+        return isinstance(context, int) and self._unnamed is not None and self._unnamed.count > 1 and step <= 2
+
     def _tick_named(self, time: float | None, name: str) -> Tick:
         state = self._named.get(name)
-        again = state is not None and state.course.last == state.course.first == time and time is not None
+        again = state is not None and (
+            (state.course.last == state.course.first == time and time is not None)
+            or _has_no_order(time)
+            or _has_no_order(state.course.last)
+        )
         if state is None or again or state.course.returns(time, self._jumps):
             state = _Named(_Course(self._run_for(state.course.run if state is not None else None), time))
             self._named[name] = state
@@ -207,6 +227,8 @@ class StepClock:
             return self._begin_unnamed(time, broke=False)
         if time is None:
             return self._next_in_turn(state, time)
+        if _has_no_order(time) or _has_no_order(state.course.last):
+            return self._begin_unnamed(time, broke=False)
         if not state.settled:
             if time == state.course.first:
                 return self._another_context(state, time)

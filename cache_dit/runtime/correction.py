@@ -22,6 +22,7 @@ import torch
 
 from ..forecasts import Point, forecast
 from ..passes.residual_math import accumulation_dtype, statistics_length
+from ..torch_internals import write_counter
 from .solvers import SolverStep
 
 BOUND = 2.0
@@ -70,7 +71,7 @@ class Past:
 
     def _copy(self, place: int, value: torch.Tensor) -> torch.Tensor:
         """A copy, or the last one where the same tensor comes again unwritten (a prompt's embedding, positions)."""
-        version = None if value.is_inference() else value._version
+        version = None if value.is_inference() else write_counter(value)
         known = self.copies.get(place)
         if known is not None and version is not None and known[0]() is value and known[1] == version:
             return known[2]

@@ -13,7 +13,7 @@ from torch import fx
 from ..passes.graph_values import example_of, is_parameter
 from ..passes.insert_cache_branch import CacheInputs
 from ..torch_internals import is_unbacked, source_name, symbol_of
-from .buffers import Sizes
+from .buffers import Dynamic, Sizes
 
 if TYPE_CHECKING:
     from ..explanation import GraphReport
@@ -85,16 +85,20 @@ class Cacheable(Protocol):
         """Places of the arguments that enter the region past the blocks that always compute."""
 
     @property
-    def dynamic_sizes(self) -> Callable[[Sequence[Any]], tuple[int, ...]]:
-        """Reads from the arguments the sizes that may differ from call to call."""
+    def dynamic_sizes(self) -> Callable[[Sequence[Any]], Dynamic]:
+        """Reads from the arguments the sizes, and numbers of the model, that may differ from call to call."""
 
     @property
-    def sizes(self) -> Callable[[tuple[int, ...]], Sizes]:
+    def sizes(self) -> Callable[[Dynamic], Sizes]:
         """Sizes of the buffers, from what ``dynamic_sizes`` gave."""
 
     @property
     def watched(self) -> Callable[[Sequence[Any]], Sequence[torch.Tensor]]:
         """Picks the weights from the arguments."""
+
+    @property
+    def given(self) -> Callable[[Sequence[Any]], Sequence[torch.Tensor]]:
+        """Picks the tensors that the caller gives from the arguments."""
 
     def plain(self, args: Sequence[Any]) -> Sequence[Any]:
         """Runs without the cache."""
@@ -125,6 +129,7 @@ class CachedGraph:
         "controls",
         "dynamic_sizes",
         "frame",
+        "given",
         "inputs",
         "outputs",
         "programs",
@@ -152,6 +157,7 @@ class CachedGraph:
         self.outputs = len(next(iter(reversed(original.graph.nodes))).args[0])
         self.time_index = find_time(placeholders)
         self.weight_index, self.watched = _watched_weights(placeholders)
+        self.given = _picker([i for i, node in enumerate(placeholders) if _is_given(node)])
         reader = SizeReader(placeholders, inputs)
         self.dynamic_sizes, self.sizes = reader.read, reader.sizes
 
@@ -184,19 +190,47 @@ class SizeReader:
             value = example_of(node)
             for axis, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
                 if isinstance(size, torch.SymInt):
-                    where.setdefault(size.node.expr, (i, axis))
+                    where.setdefault(symbol_of(size), (i, axis))
         self._symbols, self._places = tuple(where), tuple(where.values())
+        # numbers that the model itself holds, such as an adapter's scale: what was stored is not valid under another one
+        self._numbers = tuple(i for i, node in enumerate(placeholders) if _is_number_of_model(node))
 
-    def read(self, args: Sequence[Any]) -> tuple[int, ...]:
-        """The sizes among these inputs that may differ from call to call; () where shapes are static."""
-        return tuple(args[i] if axis is None else args[i].shape[axis] for i, axis in self._places)
+    def read(self, args: Sequence[Any]) -> Dynamic:
+        """The sizes, and the model's own numbers, among these inputs that may differ from call to call; () where none may."""
+        sizes = tuple(args[i] if axis is None else args[i].shape[axis] for i, axis in self._places)
+        return sizes + tuple(float(args[i]) for i in self._numbers) if self._numbers else sizes
 
-    def sizes(self, dynamic: tuple[int, ...]) -> Sizes:
+    def sizes(self, dynamic: Dynamic) -> Sizes:
         """Sizes of the buffers for what `read` gave: one for each live-out, then the front's where it is kept."""
-        replaced = dict(zip(self._symbols, dynamic, strict=True))
+        replaced = dict(zip(self._symbols, dynamic, strict=False))
         return tuple(
             tuple(int(e.xreplace(replaced)) if hasattr(e, "xreplace") else int(e) for e in sizes) for sizes in self._expressions
         )
+
+
+_OF_MODEL = re.compile(r"^L\['self'\]|\._modules\[")
+
+
+def _is_number_of_model(node: fx.Node) -> bool:
+    """Whether an input is a float that an attribute of a module holds: Dynamo makes it one once it has changed."""
+    value = example_of(node)
+    if is_parameter(node) or not _OF_MODEL.search(source_name(node)):
+        return False
+    return isinstance(value, torch.SymFloat) or (
+        isinstance(value, torch.Tensor) and value.dim() == 0 and value.device.type == "cpu"
+    )
+
+
+def _is_tensor_of_model(node: fx.Node) -> bool:
+    """Whether an input is a weight, a buffer or another tensor that the model holds."""
+    if not isinstance(example_of(node), torch.Tensor):
+        return False
+    return is_parameter(node) or (bool(_OF_MODEL.search(source_name(node))) and not _is_number_of_model(node))
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether an input is a tensor that the caller of the model hands over."""
+    return isinstance(example_of(node), torch.Tensor) and not is_parameter(node) and not _OF_MODEL.search(source_name(node))
 
 
 def sizes_are_known(inputs: CacheInputs, placeholders: Sequence[fx.Node]) -> bool:
@@ -220,11 +254,11 @@ def _find(symbol: Any, placeholders: Sequence[fx.Node]) -> tuple[int, int | None
     """(input, None) for a size that is an input itself, (input, axis) for a tensor's."""
     for i, node in enumerate(placeholders):
         value = example_of(node)
-        if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+        if isinstance(value, torch.SymInt) and symbol_of(value) == symbol:
             return i, None
         if isinstance(value, torch.Tensor):
             for axis, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                if isinstance(size, torch.SymInt) and symbol_of(size) == symbol:
                     return i, axis
     return None
 
@@ -264,11 +298,15 @@ def read_time(value: object) -> float | None:
 
 
 def _watched_weights(placeholders: Sequence[fx.Node]) -> tuple[int | None, Callable[[Sequence[Any]], Sequence[Any]]]:
-    """The first parameter's place, and a function that picks all parameters among the inputs."""
-    indices = [i for i, node in enumerate(placeholders) if is_parameter(node) and isinstance(example_of(node), torch.Tensor)]
+    """The first parameter's place, and a function that picks all tensors of the model among the inputs."""
+    indices = [i for i, node in enumerate(placeholders) if _is_tensor_of_model(node)]
+    return next((i for i in indices if is_parameter(placeholders[i])), None), _picker(indices)
+
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     if not indices:
-        return None, lambda args: ()
-    first = indices[0]
+        return lambda args: ()
     if len(indices) == 1:
-        return first, lambda args: (args[first],)
-    return first, itemgetter(*indices)
+        only = indices[0]
+        return lambda args: (args[only],)
+    return itemgetter(*indices)

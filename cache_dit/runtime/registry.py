@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .session import Session
 
 _of_module: Any = WeakIdKeyDictionary()
 _of_parameter: Any = WeakIdKeyDictionary()
+# a dictionary may not grow while another thread goes through it
+_lock = threading.RLock()
 
 
 def model_name(model: object) -> str:
@@ -27,12 +30,14 @@ def session_of_module(module: torch.nn.Module) -> Session | None:
 
 def register_module(module: torch.nn.Module, session: Session) -> None:
     """Remember the session of a module as long as the module lives."""
-    _of_module[module] = session
+    with _lock:
+        _of_module[module] = session
 
 
 def register_holder(holder: object, session: Session) -> None:
     """Remember a session as long as the object lives that an integration keeps it in."""
-    _of_module[holder] = session
+    with _lock:
+        _of_module[holder] = session
 
 
 def session_of_parameter(parameter: torch.Tensor, options: CacheOptions) -> Session:
@@ -42,7 +47,8 @@ def session_of_parameter(parameter: torch.Tensor, options: CacheOptions) -> Sess
     """
     sessions: list[Session] | None = _of_parameter.get(parameter)
     if sessions is None:
-        sessions = _of_parameter[parameter] = []
+        with _lock:
+            sessions = _of_parameter.setdefault(parameter, [])
     for session in sessions:
         if session.options is options:
             return session
@@ -66,5 +72,6 @@ def sessions_of(module: torch.nn.Module) -> list[Session]:
 
 def all_sessions() -> list[Session]:
     """Every session whose model lives."""
-    bare = [session for sessions in _of_parameter.values() for session in sessions]
-    return [*_of_module.values(), *bare]
+    with _lock:
+        bare = [session for sessions in _of_parameter.values() for session in sessions]
+        return [*_of_module.values(), *bare]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,10 +23,11 @@ from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
 from ..torch_internals import outside_inference_mode
-from .buffers import ControlMark, Measurement, ResidualStore, allocate
+from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .correction import FREE_BYTES, bytes_to_keep, correct, note_skipped, output_place
 from .program import Cacheable, UncachedGraph
+from .signs import MAX_FORMER, Signs, Steady
 from .solvers import SOLVERS, SolverStep, TimeCheck, solver_steps
 from .timing import CallTimer
 
@@ -101,9 +103,11 @@ class Context:
     stores: dict[tuple[Cacheable, int], ResidualStore] = field(default_factory=dict)
     clock: float = 0.0
     last_increment: float | None = None
+    signs: Signs = field(default_factory=Signs)
 
     def forget(self) -> None:
         """Nothing stored is valid any more; buffers are kept for the next run of the same shapes."""
+        self.signs.forget()
         for store in self.stores.values():
             store.forget()
         self.clock, self.last_increment = 0.0, None
@@ -161,8 +165,10 @@ class Session:
         self.blocks_may_help = False
         self.observer: Observer | None = None
         self._forward: Forward | None = None
-        self._decisions: dict[int, tuple[Decision, int]] = {}
-        self._decided_run = 0
+        # by run, since the runs of named contexts may overlap: of each step the decision and the hits in a row up to it
+        self._decisions: dict[int, dict[int, tuple[Decision, int]]] = {}
+        # what the unnamed contexts of former runs were called with throughout
+        self._former: deque[Steady] = deque(maxlen=MAX_FORMER)
         self._noise_seed = 0
         self._looked_at_controls = False
         self._controls: dict[tuple[object, ...], torch.Tensor] = {}
@@ -454,6 +460,8 @@ class Session:
         if self.runs is not None:
             self._ask_runs(self.runs)
         tick = self.clock.tick(forward.time, forward.name)
+        if isinstance(tick.context, int) and not tick.fresh and self._is_of_another(tick.context, graph.given(args)):
+            tick = self.clock.begin_anew(forward.time)
         forward.tick = tick
         if tick.broke:
             self.counters.refuse("pattern_broken")
@@ -463,7 +471,21 @@ class Session:
             context.run = tick.run
             if tick.context == 1 and tick.broke:
                 self._drop_other_contexts()
+        if isinstance(tick.context, int):
+            context.signs.note(tick.step, graph.given(args))
         return context
+
+    def _is_of_another(self, key: int, given: Sequence[torch.Tensor]) -> bool:
+        """Whether an unnamed call that keeps to the pattern shows signs of another generation all the same."""
+        context = self.contexts.get(key)
+        if context is None:
+            return False
+        if context.signs.has_other_caller():
+            self.said.warn("several_callers")
+            return True
+        others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
+        signs = context.signs
+        return signs.differ(given) or signs.belong_to(others, given) or signs.are_of(self._former, given)
 
     def _new_context(self, key: ContextKey) -> Context:
         """A context seen for the first time; beyond a bound the oldest one goes (it would begin anew, and compute)."""
@@ -487,6 +509,7 @@ class Session:
     def _forget(self, context: Context) -> None:
         """Nothing this context has stored is valid any more; what its last step measured is counted first."""
         self._read_all(context)
+        self._former.extend(context.signs.steady())
         context.forget()
 
     # ---- what is stored ----------------------------------------------------------------------------------------
@@ -523,7 +546,7 @@ class Session:
         context: Context,
         key: tuple[Cacheable, int],
         graph: Cacheable,
-        dynamic: tuple[int, ...],
+        dynamic: Dynamic,
         weights: Sequence[torch.Tensor],
     ) -> ResidualStore | None:
         try:
@@ -540,7 +563,8 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Bytes that the buffers take now."""
-        return sum(store.bytes for context in self.contexts.values() for store in context.stores.values())
+        # copies: another thread may be in the middle of a call
+        return sum(store.bytes for context in list(self.contexts.values()) for store in list(context.stores.values()))
 
     def release(self) -> None:
         """Free everything stored."""
@@ -559,27 +583,29 @@ class Session:
             self.said.warn("no_timestep")
             forward.decision = Decision(False, "no_timestep")
         else:
-            forward.decision = self._decision_of(tick.step, forward, context, store)
+            forward.decision = self._decision_of(tick, forward, context, store)
         forward.reason = forward.decision.reason
 
     def _note_run(self, run: int) -> None:
-        if run == self._decided_run:
+        if run in self._decisions:
             return
-        self._decisions.clear()
-        self._decided_run = run
+        under_way = {context.run for context in self.contexts.values()}
+        self._decisions = {known: made for known, made in self._decisions.items() if known in under_way}
+        self._decisions[run] = {}
         self.counters.runs += 1
         # read, not drawn: the noise follows the user's seed and leaves the generator where it is
         self._noise_seed = torch.initial_seed()
         self._solver = self._solver_of_run()
         self._said_about_run()
 
-    def _decision_of(self, step: int, forward: Forward, context: Context, store: ResidualStore) -> Decision:
-        known = self._decisions.get(step)
+    def _decision_of(self, tick: Tick, forward: Forward, context: Context, store: ResidualStore) -> Decision:
+        step, decisions = tick.step, self._decisions[tick.run]
+        known = decisions.get(step)
         if known is not None:
             return known[0]
         self._read(store)
         self._read_change(context, store, step)
-        hits_before = self._decisions.get(step - 1, (None, 0))[1]
+        hits_before = decisions.get(step - 1, (None, 0))[1]
         view = StepView(
             step=step,
             consecutive_hits=hits_before,
@@ -596,10 +622,13 @@ class Session:
             if decision.skip:
                 self.counters.refuse("first_call")
             decision = COMPUTE_FIRST
+        elif decision.skip and self.clock.is_unconfirmed(tick.context, step):
+            self.counters.refuse("unconfirmed")
+            decision = Decision(False, "unconfirmed")
         if not decision.skip:
             context.clock = 0.0
         self.counters.steps += 1
-        self._decisions[step] = decision, hits_before + 1 if decision.skip else 0
+        decisions[step] = decision, hits_before + 1 if decision.skip else 0
         return decision
 
     def _read_change(self, context: Context, store: ResidualStore, step: int) -> None:
@@ -670,8 +699,9 @@ class Session:
         parts = [values[i : i + length] for i in range(0, len(values), length)]
         if any(part[0] > 0 or part[1] != part[1] or part[1] == float("inf") for part in parts):
             self.counters.nonfinite += 1
-            self.said.warn("nonfinite")
+            # dropped before anything is said: a warning may be an error to the user
             store.drop_newest(pending.replaced)
+            self.said.warn("nonfinite")
             return
         if pending.before:
             store.errors = self._measured_errors(pending, parts, len(store.residuals[0]))
@@ -792,9 +822,10 @@ class Session:
         context = self.contexts.get(tick.context)
         if tick.fresh and context is not None:
             context.forget()
+            context.run = tick.run
         self._note_run(tick.run)
-        if tick.step not in self._decisions:
-            self._decisions[tick.step] = COMPUTE_FIRST, 0
+        if tick.step not in self._decisions[tick.run]:
+            self._decisions[tick.run][tick.step] = COMPUTE_FIRST, 0
             self.counters.steps += 1
 
     def _tries_capture(self, reports: Sequence[GraphReport]) -> bool:

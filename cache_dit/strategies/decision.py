@@ -19,6 +19,7 @@ Reason = Literal[
     "placement",  # either: the steps placed for the target speed-up
     "error_guard",  # computed: the last forecast missed too much of the residual
     "first_call",  # computed, by the runtime: the first step of a run
+    "unconfirmed",  # computed, by the runtime: the second step of contexts that nobody names
     "no_timestep",  # computed, by the runtime: runs cannot be told apart
 ]
 """The stable keys behind a decision; statistics and logs count by them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_dit.runtime.clock import MAX_UNNAMED_CONTEXTS, ContextKey, StepClock, Tick
+from cache_dit.runtime.clock import MAX_UNNAMED_CONTEXTS, ContextKey, StepClock, Tick, listed_jumps
 
 Call = float | tuple[float | None, str] | None
 
@@ -50,6 +51,9 @@ def counted(*calls: Call) -> str:
         pytest.param([9, 9, 8, 8, 9, 8], "1.1.1* 1.2.1* 1.1.2 1.2.2 2.1.1* 2.1.2", id="the next run has fewer contexts"),
         pytest.param([9, 9, 8, 9, 9, 8, 8], "1.1.1* 1.2.1* 1.1.2 2.1.1* 2.2.1* 2.1.2 2.2.2", id="cut in mid-step"),
         pytest.param([9, 9, 9], "1.1.1* 1.2.1* 1.3.1*", id="models that sample in one step never reuse"),
+        pytest.param([9, math.nan, 8, 7], "1.1.1* 2.1.1* 3.1.1* 3.1.2", id="NaN is a run of its own"),
+        pytest.param([math.inf, math.inf, 8, 7], "1.1.1* 2.1.1* 3.1.1* 3.1.2", id="so is infinity"),
+        pytest.param([(9, "a"), (math.nan, "a"), (8, "a")], "1.a.1* 2.a.1* 3.a.1*", id="with a name too"),
     ],
 )
 def test_unnamed_calls(calls: Sequence[float], expected: str) -> None:
@@ -372,3 +376,47 @@ def test_any_timesteps_at_all_are_counted(timesteps: list[float | None], named: 
         assert tick.run >= run
         assert tick.fresh == (tick.step == 1)
         run = tick.run
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "expected"),
+    [
+        ([9, 5, 8, 6], [(5, 8)]),
+        ([0, 4, 1, 3], [(4, 1)]),
+        ([9, 9, 7, 7], []),
+        ([0, 0, 2, 2], []),
+        ([9, 7, 7, 8, 8, 6], [(7, 8)]),
+        ([5, 7, 5], []),
+        ([5], []),
+        ([], []),
+    ],
+)
+def test_the_jumps_of_a_list_are_its_steps_against_its_direction(
+    sigmas: list[float], expected: list[tuple[float, float]]
+) -> None:
+    """As they are listed, and in thousandths."""
+    assert listed_jumps(sigmas) == tuple((a * unit, b * unit) for a, b in expected for unit in (1.0, 1000.0))
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "steps"),
+    [([9, 5, 8, 8, 6, 0], [3]), ([0, 4, 1, 1, 3, 9], [3]), ([9, 7, 5, 3, 1, 0], []), ([9, 5, 8, 4, 6, 0], [3, 5])],
+)
+def test_the_steps_at_which_the_levels_jump_back(sigmas: list[float], steps: list[int]) -> None:
+    clock = StepClock()
+    clock.new_run(sigmas=sigmas)
+    assert clock.restarts == bool(steps)
+    assert [step for step in range(-1, 9) if clock.jumps_back(step)] == steps
+    clock.end_run()
+    assert not clock.restarts and not clock.jumps_back(3)
+
+
+def test_several_unnamed_contexts_are_confirmed_by_the_second_step() -> None:
+    clock = StepClock()
+    clock.tick(9.0)
+    assert not clock.is_unconfirmed(1, 2)
+    clock.tick(9.0)
+    assert clock.is_unconfirmed(1, 2)
+    assert not clock.is_unconfirmed(1, 3)
+    assert not clock.is_unconfirmed("name", 2)
+    assert shown([clock.begin_anew(8.0)]) == "2.1.1*!"

@@ -1,0 +1,79 @@
+"""Signs that a call belongs to another generation than the last call of its context, where no name says which it is.
+
+Two generations that take turns on one model, or a run that was cut off and begun anew, may keep to the pattern by which
+unnamed contexts are told. Their callers and their prompts are other objects all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+
+Steady = tuple[int, "weakref.ref[torch.Tensor]"]
+# Arguments of former runs that are remembered.
+MAX_FORMER = 64
+
+
+class Signs:
+    """Who made the last call of a context, and with what."""
+
+    __slots__ = ("_caller", "_given", "_steady", "_step")
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The next call may come from anyone."""
+        self._caller: weakref.ref[object] | None = None
+        self._given: list[weakref.ref[torch.Tensor]] = []
+        # which arguments were the same object at every call; None before the second one
+        self._steady: list[bool] | None = None
+        self._step = 0
+
+    def note(self, step: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Remember a call."""
+        if self._step:
+            same = self._same(tensors)
+            self._steady = same if self._steady is None else [a and b for a, b in zip(self._steady, same, strict=False)]
+        self._caller = weakref.ref(_caller())
+        self._given = [weakref.ref(tensor) for tensor in tensors]
+        self._step = step
+
+    def has_other_caller(self) -> bool:
+        """Whether the call comes from another thread or task than the last one."""
+        return self._caller is not None and self._caller() is not _caller()
+
+    def differ(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether an argument that was the same object at every call so far is another one."""
+        return self._steady is not None and any(a and not b for a, b in zip(self._steady, self._same(tensors), strict=False))
+
+    def belong_to(self, others: Iterable[Signs], tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether an argument is the one that another context had in this context's last step, and this one had not."""
+        own = self._same(tensors)
+        theirs = [each._same(tensors) for each in others if each._step == self._step]
+        return any(b and not a for same in theirs for a, b in zip(own, same, strict=False))
+
+    def are_of(self, former: Iterable[Steady], tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether an argument is one that a former run had throughout, and this context's last call had not."""
+        own = self._same(tensors)
+        return any(place < len(own) and not own[place] and reference() is tensors[place] for place, reference in former)
+
+    def steady(self) -> list[Steady]:
+        """The arguments that were the same object at every call, by their places."""
+        steady = self._steady or ()
+        return [(place, reference) for place, reference in enumerate(self._given[: len(steady)]) if steady[place]]
+
+    def _same(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
+        return [reference() is tensor for reference, tensor in zip(self._given, tensors, strict=False)]
+
+
+def _caller() -> object:
+    """The asyncio task that is running, else the thread."""
+    try:
+        return asyncio.current_task() or threading.current_thread()
+    except RuntimeError:
+        return threading.current_thread()
