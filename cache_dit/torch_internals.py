@@ -43,6 +43,7 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "torch._logging._internal": ("trace_structured",),
     "torch._ops": ("HigherOrderOperator", "OpOverload"),
     "torch._subclasses": ("FakeTensor", "FakeTensorMode"),
+    "torch.utils._python_dispatch": ("is_traceable_wrapper_subclass",),
     "torch.nn.Module": ("_call_impl", "_compiled_call_impl", "_wrapped_call_impl"),
     "torch.Tensor": ("_version",),
     "torch.ops.higher_order": ("cond",),
@@ -111,6 +112,21 @@ def without_source(node: fx.Node) -> fx.Node:
 def hint_of(size: Any) -> Any:
     """The value that a symbolic number had when it was traced; a plain one stays itself."""
     return size.node.hint if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """The same number for tensors that share their memory; fake tensors too."""
+    return id(tensor) if parts_of(tensor) is not None else int(tensor.untyped_storage()._cdata)
+
+
+def parts_of(tensor: torch.Tensor) -> tuple[str, list[torch.Tensor]] | None:
+    """For a tensor made of others (quantised, distributed): what it is beside them, as text, and them; else None."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        return None
+    names, context = tensor.__tensor_flatten__()
+    return repr(context), [getattr(tensor, name) for name in names]
 
 
 def is_mutable_overload(target: object) -> bool | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..torch_internals import memory_of, parts_of, symbol_of, without_source
 from .graph_values import example_of, mutated_argument, name_of
 from .insert_cache_branch import MADE
 from .module_paths import is_compute
@@ -157,13 +157,13 @@ def _written_memory(gm: fx.GraphModule, place: dict[fx.Node, int]) -> list[tuple
     views: dict[int, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         for tensor in _tensors(example_of(node)):
-            views.setdefault(_memory(tensor), []).append(node)
+            views.setdefault(memory_of(tensor), []).append(node)
     ties = []
     for node in place:
         written = mutated_argument(node)
         if written is None:
             continue
-        sharing = [each for tensor in _tensors(example_of(written)) for each in views[_memory(tensor)]] or [written]
+        sharing = [each for tensor in _tensors(example_of(written)) for each in views[memory_of(tensor)]] or [written]
         touching = {user for each in sharing for user in each.users if user in place}
         ties.append(_span(place[each] for each in {node, *sharing, *touching} if each in place))
     return ties
@@ -188,16 +188,12 @@ def _tensors(value: object) -> list[torch.Tensor]:
     return [each for part in value for each in _tensors(part)] if isinstance(value, (tuple, list)) else []
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    return id(tensor) if is_traceable_wrapper_subclass(tensor) else int(tensor.untyped_storage()._cdata)
-
-
 def _write_out_of_place(gm: fx.GraphModule) -> None:
     """``x += y`` -> ``x' = x + y``, and x' for x from there on, where nothing else reads that memory later."""
     views: dict[int, set[fx.Node]] = {}
     for node in gm.graph.nodes:
         for tensor in _tensors(example_of(node)):
-            views.setdefault(_memory(tensor), set()).add(node)
+            views.setdefault(memory_of(tensor), set()).add(node)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
         plain = _OUT_OF_PLACE.get(node.target) if is_compute(node) else None
@@ -207,7 +203,7 @@ def _write_out_of_place(gm: fx.GraphModule) -> None:
         before = example_of(written)
         if not isinstance(before, torch.Tensor):
             continue
-        others = views[_memory(before)] - {written, node}
+        others = views[memory_of(before)] - {written, node}
         if not is_compute(written) or any(_is_read_behind(each, node, order) for each in others):
             continue
         _replace(gm, node, plain, written, before.dtype, order)
@@ -245,7 +241,7 @@ def _symbol_inputs(gm: fx.GraphModule) -> dict[Any, fx.Node]:
     for node in gm.graph.nodes:
         value = example_of(node)
         if node.op == "placeholder" and isinstance(value, torch.SymInt):
-            found[value.node.expr] = node
+            found[symbol_of(value)] = node
     return found
 
 
@@ -271,7 +267,7 @@ def _free_symbols(value: object) -> set[Any]:
         sizes = [*value.shape, *value.stride()]
     elif isinstance(value, torch.SymInt):
         sizes = [value]
-    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+    return {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in symbol_of(size).free_symbols}
 
 
 def _nested_graph(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
@@ -290,7 +286,7 @@ def _piece(gm: fx.GraphModule, segment: Sequence[fx.Node], inputs: Sequence[fx.N
         copy = graph.placeholder(f"input_{i}")
         copy.meta = {key: node.meta[key] for key in ("example_value", "tensor_dict") if key in node.meta}
         copy.meta.setdefault("example_value", example_of(node))
-        copy._dynamo_source = None
+        without_source(copy)
         copies[node] = copy
     nested: dict[str, fx.GraphModule] = {}
     for node in segment:
@@ -331,13 +327,13 @@ def _layout(value: object, node: fx.Node) -> Hashable:
     if isinstance(value, torch.Tensor):
         static = bool((node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
         kind: Hashable = type(value)
-        if is_traceable_wrapper_subclass(value):
-            names, context = value.__tensor_flatten__()
-            kind = (kind, repr(context), *(_layout(getattr(value, name), node) for name in names))
-        sizes = [str(size.node.expr) if isinstance(size, torch.SymInt) else size for size in (*value.shape, *value.stride())]
+        parts = parts_of(value)
+        if parts is not None:
+            kind = (kind, parts[0], *(_layout(part, node) for part in parts[1]))
+        sizes = [str(symbol_of(size)) for size in (*value.shape, *value.stride())]
         return (kind, value.dtype, str(value.device), static, value.dim(), *sizes)
     if isinstance(value, torch.SymInt):
-        return ("size", str(value.node.expr))
+        return ("size", str(symbol_of(value)))
     return _frozen(value, {})
 
 
