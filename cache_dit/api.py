@@ -325,7 +325,7 @@ def _sessions(model: object) -> list[Session]:
 def _warn_if_displaced(module: torch.nn.Module) -> None:
     """``module.compile()`` takes the slot that `enable_cache` took, and nothing of ours is called any more."""
     session = session_of_module(module)
-    if session is not None and session.enabled and not _is_enabled(module):
+    if session is not None and session.enabled and session.in_slot and not _is_enabled(module):
         session.said.warn("displaced")
 
 

@@ -153,7 +153,7 @@ def compile_graph(
     report = GraphReport.of(gm, break_reason(gm), recompile_reason())
     _announce_start(report, language)
     start = perf_counter()
-    rewritten = _rewrite(gm, program)
+    rewritten = rewrite_graph(gm, program)
     runnable: CachedGraph | UncachedGraph
     if isinstance(rewritten, passes.Refusal):
         report.reason, report.detail = rewritten.key, rewritten.detail
@@ -199,8 +199,10 @@ class FallbackCompiler:
         return compiled
 
 
-def _rewrite(
-    gm: fx.GraphModule, program: ProgramOptions
+def rewrite_graph(
+    gm: fx.GraphModule,
+    program: ProgramOptions,
+    sizes_known: Callable[[passes.CacheInputs, Sequence[fx.Node]], bool] = sizes_are_known,
 ) -> tuple[fx.GraphModule, passes.Region, passes.CacheInputs, tuple[int, ...]] | passes.Refusal:
     """The passes up to the cond form, over a copy."""
     if torch.is_grad_enabled():
@@ -225,7 +227,7 @@ def _rewrite(
     inputs = passes.insert_cache_branch(graph, region, branch)
     record_rewrite("insert_cache_branch", 1, graph)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    if not sizes_are_known(inputs, placeholders):
+    if not sizes_known(inputs, placeholders):
         return passes.Refusal("sizes_unknown")
     graph.graph.lint()
     graph.recompile()

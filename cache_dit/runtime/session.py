@@ -160,6 +160,8 @@ class Session:
         # whether there are blocks that could each cache its own part
         self.blocks_may_help = False
         self.observer: Observer | None = None
+        # whether what calls the model stands in its compile slot, which others may take
+        self.in_slot = True
         self._forward: Forward | None = None
         self._decisions: dict[int, tuple[Decision, int]] = {}
         self._decided_run = 0
