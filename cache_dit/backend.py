@@ -17,16 +17,20 @@ from .lowering import choose_lowering, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options
 from .other_project import warn_of_other_project
+from .passes.graph_values import example_of
 from .runtime.program import CachedGraph, UncachedGraph, sizes_are_known
+from .runtime.ranks import is_parallel
 from .runtime.registry import session_of_parameter
 from .runtime.session import Session, active_session
 from .texts import text
 from .torch_internals import (
     backend_failure,
     break_reason,
+    collective_groups,
     copy_dynamo_graph,
     frame_id,
     inner_compiler,
+    is_distributed,
     is_tracer_signal,
     recompile_reason,
     record_rewrite,
@@ -151,6 +155,8 @@ def compile_graph(
     language = calls.options.language if calls.options is not None else _language_of_session()
     compile_inner = FallbackCompiler(program, mode, language)
     report = GraphReport.of(gm, break_reason(gm), recompile_reason())
+    if is_parallel():
+        report.groups = collective_groups(gm)
     _announce_start(report, language)
     start = perf_counter()
     rewritten = rewrite_graph(gm, program)
@@ -214,6 +220,8 @@ def rewrite_graph(
     )
     if isinstance(region, passes.Refusal):
         return region
+    if any(is_distributed(example_of(out.node)) for out in region.live_outs):
+        return passes.Refusal("distributed_tensor")
     controls = passes.control_inputs(graph, region)
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
     branch = passes.BranchOptions(

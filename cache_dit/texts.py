@@ -336,6 +336,10 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "输出的大小取决于数据，调用前无法得知",
         "the sizes of its outputs depend on data and are not known before the call",
     ),
+    "refusal_distributed_tensor": (
+        "离开缓存区域的是 DTensor；解决方案: 让各块返回本地张量（use_local_output=True）",
+        "what leaves the region is a DTensor; remedy: let the blocks return local tensors (use_local_output=True)",
+    ),
     "refusal_grad_mode": ("在梯度模式下追踪", "traced in grad mode"),
     "refusal_other": ("{reason} {detail}", "{reason} {detail}"),
     # Short names of the reasons to compute, for counts.
@@ -581,6 +585,36 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "cli_demo_picture": (
         "图片: {path}（左: torch.compile；右: {name}；下: 各设置计算与跳过的步）。共用时 {seconds:.0f} 秒",
         "Picture: {path} (left: torch.compile; right: {name}; below: the steps computed and skipped). {seconds:.0f} s in all",
+    ),
+    # Several processes.
+    "explain_ranks": (
+        "与 {count} 个进程共同决策（本进程: {rank}）；上面的内存为本进程的；已交换测量 {sent} 次",
+        "decides alike with {count} ranks (this one: {rank}); memory above is this rank's; measurements exchanged {sent} times",
+    ),
+    "ranks_missing": (
+        "进程 {ranks} 在 {seconds:.0f} 秒内没有就绪\n"
+        "解决方案: 检查这些进程是否已退出，以及是否对同一模型以同样方式（都切分或都不切分）启用了缓存",
+        "Ranks {ranks} have not come within {seconds:.0f} s\n"
+        "Remedy: see whether they live, and whether they turned caching on for the same model, sharded in the same way",
+    ),
+    "ranks_differ": (
+        "进程 {a} 与进程 {b} 的设置不同: {what}\n解决方案: 在所有进程上使用相同的选项与切分方式",
+        "Ranks {a} and {b} differ: {what}\nRemedy: give all ranks the same options and the same sharding",
+    ),
+    "ranks_late": (
+        "其他进程的测量值在 {seconds:.0f} 秒内没有到达: {why}\n解决方案: 检查其他进程是否已退出或停滞；本次生成已中止",
+        "What the other ranks measured has not come within {seconds:.0f} s: {why}\n"
+        "Remedy: see whether one of them died or hangs; this generation has been given up",
+    ),
+    "ranks_memory": (
+        "本进程没有足够的内存存放残差，而其他进程会继续跳步\n解决方案: 使用 residual_device='cpu' 或较小的 residual_dtype",
+        "This rank has no memory for the residuals, and the others would go on skipping\n"
+        "Remedy: residual_device='cpu' or a smaller residual_dtype",
+    ),
+    "ranks_control": (
+        "多个进程共同决策时不能使用 control_refresh: 它依据各进程自己的输入\n解决方案: 去掉该选项，或设 group=False",
+        "control_refresh cannot be had where ranks decide alike: it goes by the inputs of each\n"
+        "Remedy: leave it out, or set group=False",
     ),
     # Artifacts.
     "exporting": (

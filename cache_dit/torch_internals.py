@@ -419,6 +419,59 @@ def _environment(placeholders: Sequence[fx.Node]) -> tuple[Any, list[Any]]:
     return (sizes[0].shape_env if sizes else None), sorted(symbols, key=str)
 
 
+def default_store() -> Any:
+    """The store at which the processes of ``torch.distributed`` met."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def time_limit() -> float:
+    """Seconds after which the default process group gives a wait up: what the user gave ``init_process_group``."""
+    from torch.distributed.distributed_c10d import _get_default_group
+
+    group: Any = _get_default_group()
+    for device in group._device_types:
+        timeout = getattr(group._get_backend(device).options, "_timeout", None)
+        if timeout is not None:
+            return float(timeout.total_seconds())
+    return 600.0
+
+
+def collective_groups(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The names of the process groups whose collectives a graph holds."""
+    found: dict[str, None] = {}
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            namespace = getattr(node.target, "namespace", None) or str(getattr(node.target, "_qualified_op_name", ""))
+            if str(namespace).startswith(("_c10d_functional", "c10d_functional")):
+                found.update({value: None for value in (*node.args, *node.kwargs.values()) if _is_group(value)})
+    return tuple(found)
+
+
+def is_distributed(value: object) -> bool:
+    """Whether a value is a ``DTensor``: one tensor over several processes."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(value, tensors.DTensor)
+
+
+def _is_group(value: object) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        group_named(value)
+    except (RuntimeError, ValueError, LookupError):
+        return False
+    return True
+
+
+def group_named(name: str) -> Any:
+    """The process group that functional collectives call by this name."""
+    from torch.distributed import distributed_c10d
+
+    return getattr(distributed_c10d, "_resolve_process_group")(name)  # noqa: B009
+
+
 _version = attrgetter("_version")
 
 

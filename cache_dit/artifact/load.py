@@ -350,9 +350,9 @@ class _Arguments:
         self._known[shapes] = tuple(symbols.values())
 
     def _refuse(self, i: int, axis: int, shapes: Sequence[torch.Size], allowed: str, language: str | None) -> NoReturn:
-        name = self._tensors[i].path
+        name, shape = self._tensors[i].path, list(shapes[i])
         raise ValueError(
-            text("artifact_range", language, name=name, shape=list(shapes[i]), axis=axis, value=shapes[i][axis], allowed=allowed)
+            text("artifact_range", language, name=name, shape=shape, axis=axis, value=shape[axis], allowed=allowed)
         )
 
     def symbols(self, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

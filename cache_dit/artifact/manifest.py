@@ -170,7 +170,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 # Compiled into the programs, or of no use to a loader.
-_NOT_KEPT = ("inner_options", "language", "debug", "strict")
+_NOT_KEPT = ("inner_options", "language", "debug", "strict", "group")
 
 
 def options_as_data(options: CacheOptions) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..structure import chain_of_blocks, main_list
 from ..texts import text
 from ..torch_internals import allowing_recompiles, capturing_more, compile_limits, is_tracing_failure, trace_again
 from .program import read_time, time_names
+from .ranks import find_members, gathers_by_hooks, is_parallel, tensor_ranks
 from .session import Capture, Session, active_session
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class CachedCall:
         session = self.session
         compiled = self._compiled
         if compiled is None:
+            self.join_ranks()
             compiled = self._compiled = self._compile()
         result: Any = None
         with session.lock:
@@ -102,6 +104,17 @@ class CachedCall:
                 self._compiled = self._compile()
                 return result if result is not None else self._bracketed(*args, **kwargs)
         return result
+
+    def join_ranks(self) -> None:
+        """Find the processes that compute this model together, where there are several: when caching is turned on, or at the
+        first call where the model was sharded in between. Stages of a pipeline could not wait for each other in a call."""
+        session = self.session
+        if is_parallel() and session.ranks is None:
+            spread = bool(tensor_ranks(self._module))
+            session.join(find_members(self._module, session.options.group), "DTensor" if spread else "Tensor")
+            if gathers_by_hooks(self._module) and session.blocks_may_help:
+                # hooks that gather weights break every graph between the blocks
+                session.capture = self._capture = Capture.BLOCKS
 
     def _compile(self) -> Callable[..., Any]:
         """The model compiled in the way that the session says."""
