@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -313,6 +314,38 @@ print(cache_dit.get_stats(model).hits, "torch._dynamo" in sys.modules, "torch._i
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["4", "False", "False"]
     assert torch.equal(torch.load(tmp_path / "result.pt"), denoise(fixed, inputs()))
+
+
+@pytest.mark.slow
+def test_the_server_gives_each_request_its_single_run(path: Path) -> None:
+    """Requests of mixed sizes in flight together; the texts are the labels as numbers."""
+    pytest.importorskip("prometheus_client")
+    spec = importlib.util.spec_from_file_location("serve", ROOT / "examples" / "serve.py")
+    assert spec is not None and spec.loader is not None
+    serve = sys.modules["serve"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serve)
+
+    def predict(model: Any, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        text = (labels.float()[:, None, None] / 10.0).expand(-1, 5, 8)
+        velocity: Tensor = model(x, sigma, text).sample
+        return velocity
+
+    serve.MAX_IMAGES = 2
+    model = cache_dit.load(path, **{**OPTIONS, "strategy": "adaptive", "target_speedup": 2.0})
+    differing, metrics = serve.load_test(model, 12, shape=(3, 8, 8), concurrent=3, predict=predict)
+    assert differing == 0
+    assert 'cache_dit_requests_total{outcome="answered"} 12.0' in metrics
+    assert "cache_dit_request_skipped_share_count 12.0" in metrics
+    skipped = [line for line in metrics.splitlines() if line.startswith('cache_dit_steps_total{decision="skipped"}')]
+    assert float(skipped[0].split()[-1]) > 12
+    engine = serve.Engine(model, shape=(5, 8, 8), predict=predict)
+    with pytest.raises(ValueError):
+        engine.submit(serve.Request((1, 2))).result(60)
+    assert 'outcome="failed"} 1.0' in serve.generate_latest(engine.metrics.registry).decode()
+    engine.close()
+    for wrong in ({}, {"prompt": "12"}, {"prompt": "1 2 3"}, {"prompt": "1", "steps": 1}, {"prompt": "1", "seed": "x"}, 3):
+        with pytest.raises(ValueError):
+            serve.Request.of(wrong)
 
 
 # ---- files that must not run ---------------------------------------------------------------------------------------

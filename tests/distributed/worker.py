@@ -147,7 +147,8 @@ def alone(mask: str, x: Tensor) -> Tensor:
 
 
 def seen(model: Any, x: Tensor, result: Tensor, masks: Masks) -> dict[str, Any]:
-    return {**masks.report(), "apart": apart(result, alone(masks.schedule, x)), "effect": apart(result, denoise(new_model(), x))}
+    effect = apart(result, denoise(new_model(), x))
+    return {**masks.report(), "apart": apart(result, alone(masks.schedule, x)), "effect": effect}
 
 
 class Collectives(TorchDispatchMode):
@@ -436,7 +437,8 @@ def pipeline_stages(rank: int) -> dict[str, Any]:
 
 
 def different_options(rank: int) -> dict[str, Any]:
-    return failing(lambda: denoise(cache_dit.enable_cache(new_model(), **{**FIXED, "skip_interval": 2 + rank}, group="world"), noise()))
+    options = {**FIXED, "skip_interval": 2 + rank}
+    return failing(lambda: denoise(cache_dit.enable_cache(new_model(), **options, group="world"), noise()))
 
 
 def control_refresh(rank: int) -> dict[str, Any]:
