@@ -116,6 +116,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(options: argparse.Namespace) -> list[TinyModel]:
+    if options.worker:
+        return [TINY_MODELS[label] for label in options.names]
     named = [tiny for tiny in TINY_MODELS.values() if not options.names or {tiny.name, tiny.label} & set(options.names)]
     part, parts = options.part.split("/")
     number = datetime.date.today().toordinal() % int(parts) if part == "today" else int(part) - 1
@@ -134,13 +136,13 @@ def _reports(labels: Sequence[str], options: argparse.Namespace) -> Iterator[Rep
     done: queue.Queue[Report] = queue.Queue()
 
     def run(group: Sequence[str]) -> None:
-        left = list(group)
+        left = dict.fromkeys(group)
         command = [sys.executable, __file__, "--worker", *(["--quick"] if options.quick else []), *group]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             for line in process.stdout or ():
                 if line.startswith("{"):
                     report = Report(**_tuples(json.loads(line)))
-                    left.remove(report.label)
+                    left.pop(report.label, None)
                     done.put(report)
         for label in left:
             done.put(Report(label, False, reason=f"the process ended with {process.returncode}", wrong=("it died",)))

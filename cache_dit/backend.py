@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import fx
 from . import passes
 from .errors import CacheDitError, NoBlocksError
 from .explanation import GraphReport, describe_region
-from .lowering import choose_lowering, with_cache_examples
+from .lowering import NotInPieces, choose_lowering, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options
 from .other_project import warn_of_other_project
 from .passes.graph_values import example_of
-from .runtime.program import CachedGraph, UncachedGraph, sizes_are_known
+from .runtime.program import CachedGraph, Programs, UncachedGraph, sizes_are_known
 from .runtime.ranks import is_parallel
 from .runtime.registry import session_of_parameter
 from .runtime.session import Session, active_session
@@ -166,15 +167,12 @@ def compile_graph(
         _raise_if_strict(report, program, calls, language)
         runnable = UncachedGraph(compile_inner(copy_dynamo_graph(gm), examples), report, calls.note)
     else:
-        graph, region, inputs, controls = rewritten
-        report.region = describe_region(region, inputs)
-        lowering = choose_lowering(program.lowering)
-        if program.lowering not in ("auto", lowering.name):
-            warn("lowering_unbuilt", language, wanted=program.lowering, used=lowering.name)
-        report.lowering = lowering.name
-        programs = lowering.lower(graph, with_cache_examples(graph, examples), compile_inner)
+        report.region = describe_region(rewritten.region, rewritten.inputs)
+        programs = _lowered(rewritten.graph, examples, program, compile_inner, report, language)
         plain = _plain(copy_dynamo_graph(gm), program)
-        runnable = CachedGraph(calls.find, programs, plain, inputs, gm, report, frame_id(gm), controls)
+        runnable = CachedGraph(
+            calls.find, programs, plain, rewritten.inputs, gm, report, frame_id(gm), rewritten.controls
+        )
     report.compile_seconds = perf_counter() - start
     announce(text("compiled", language, seconds=report.compile_seconds))
     calls.compiled(report)
@@ -205,11 +203,21 @@ class FallbackCompiler:
         return compiled
 
 
+@dataclass(frozen=True, slots=True)
+class Branched:
+    """A graph with the cache branch in it. ``controls``: inputs that enter the region from outside, by position."""
+
+    graph: fx.GraphModule
+    region: passes.Region
+    inputs: passes.CacheInputs
+    controls: tuple[int, ...]
+
+
 def rewrite_graph(
     gm: fx.GraphModule,
     program: ProgramOptions,
     sizes_known: Callable[[passes.CacheInputs, Sequence[fx.Node]], bool] = sizes_are_known,
-) -> tuple[fx.GraphModule, passes.Region, passes.CacheInputs, tuple[int, ...]] | passes.Refusal:
+) -> Branched | passes.Refusal:
     """The passes up to the cond form, over a copy."""
     if torch.is_grad_enabled():
         return passes.Refusal("grad_mode")
@@ -224,22 +232,37 @@ def rewrite_graph(
         return passes.Refusal("distributed_tensor")
     controls = passes.control_inputs(graph, region)
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
-    branch = passes.BranchOptions(
-        program.history,
-        program.noise,
-        program.front_clock,
-        program.residual_dtype,
-        program.residual_device,
-        program.front_anchored,
-    )
-    inputs = passes.insert_cache_branch(graph, region, branch)
+    inputs = passes.insert_cache_branch(graph, region, program.branch)
     record_rewrite("insert_cache_branch", 1, graph)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if not sizes_known(inputs, placeholders):
         return passes.Refusal("sizes_unknown")
     graph.graph.lint()
     graph.recompile()
-    return graph, region, inputs, controls
+    return Branched(graph, region, inputs, controls)
+
+
+def _lowered(
+    graph: fx.GraphModule,
+    examples: Sequence[Any],
+    program: ProgramOptions,
+    compile_inner: FallbackCompiler,
+    report: GraphReport,
+    language: str | None,
+) -> Programs:
+    """The programs in the form that was asked for, else whole where the graph does not come in pieces."""
+    form = choose_lowering(program.lowering)
+    examples = with_cache_examples(graph, examples)
+    try:
+        programs = form.lower(graph, examples, compile_inner)
+    except NotInPieces as error:
+        asked, form = form.name, choose_lowering("specialize")
+        if program.lowering == asked:
+            why = text(f"whole_{error}", language)
+            warn("lowering_replaced", language, wanted=asked, why=why, used=form.name)
+        programs = form.lower(graph, examples, compile_inner)
+    report.lowering = form.name
+    return programs
 
 
 def _plain(gm: fx.GraphModule, program: ProgramOptions) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ from .options import ProgramOptions
 from .runtime.buffers import Sizes
 from .runtime.program import Programs
 from .runtime.session import active_session
+from .texts import text
 from .torch_internals import allowing_recompiles, compile_limits, fake_like
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Blockwise:
             tuple(paths[stop:]),
         )
         if program.lowering not in ("auto", LOWERING):
-            session.said.warn("lowering_unbuilt", wanted=program.lowering, used=LOWERING)
+            why = text("whole_blockwise", session.options.language)
+            session.said.warn("lowering_replaced", wanted=program.lowering, why=why, used=LOWERING)
         self.report = GraphReport(0, None, None, lowering=LOWERING)
         self.compile_inner = FallbackCompiler(program, None, session.options.language)
         self._programs: dict[Hashable, BlockPrograms] = {}
@@ -97,19 +99,7 @@ class Blockwise:
     def _compile(self, streams: Streams, bases: Sequence[Tensor], made: Sequence[Tensor]) -> BlockPrograms:
         graph, region = _graph_around_block(streams, fake_like([value.contiguous() for value in (*bases, *made)]), self)
         passes.outline_region(graph, region)
-        program = self.program
-        inputs = passes.insert_cache_branch(
-            graph,
-            region,
-            passes.BranchOptions(
-                program.history,
-                program.noise,
-                program.front_clock,
-                program.residual_dtype,
-                program.residual_device,
-                program.front_anchored,
-            ),
-        )
+        inputs = passes.insert_cache_branch(graph, region, self.program.branch)
         if self.report.region is None:
             self.report.region = self._described(region, inputs, len(bases))
         examples = with_cache_examples(graph, [node.meta["example_value"] for node in region.live_ins])
@@ -407,5 +397,6 @@ def _graph_around_block(streams: Streams, examples: Sequence[Tensor], owner: Blo
         front=owner.front,
         cached=owner.cached,
         back=owner.back,
+        blocks={},
     )
     return fx.GraphModule(torch.nn.Module(), graph), region

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final
 
+from .passes import BranchOptions
 from .texts import LANGUAGES, text
 
 if TYPE_CHECKING:
@@ -141,6 +142,18 @@ class ProgramOptions:
 
     def __hash__(self) -> int:
         return hash(self._identity)
+
+    @property
+    def branch(self) -> BranchOptions:
+        """What of these the cache branch is built from."""
+        return BranchOptions(
+            history=self.history,
+            noise=self.noise,
+            front_clock=self.front_clock,
+            residual_dtype=self.residual_dtype,
+            residual_device=self.residual_device,
+            front_anchored=self.front_anchored,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -196,10 +196,16 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "The number of steps of this run is not known: start_percent and end_percent are ignored\n"
         "Remedy: cache_dit.new_run(model, num_steps=...)",
     ),
-    "lowering_unbuilt": (
-        "lowering='{wanted}' 尚不可用，改用 '{used}'",
-        "lowering='{wanted}' is not available yet; '{used}' is used instead",
+    "lowering_replaced": (
+        "lowering='{wanted}' 不适用于此模型: {why}，改用 '{used}'",
+        "lowering='{wanted}' does not suit this model: {why}; '{used}' is used instead",
     ),
+    "whole_nothing_alike": ("没有两个 block 的计算图相同", "no two of its blocks have the same graph"),
+    "whole_no_blocks": ("region 以模块名给出，没有标出 block", "the region was given by module names, so no blocks are marked"),
+    "whole_calls_modules": ("图中含有未展开的模块调用", "its graph calls modules that were not traced into"),
+    "whole_sizes_unknown": ("block 之间的张量大小取决于数据", "tensors whose sizes depend on data pass between its blocks"),
+    "whole_no_example": ("block 之间传递的值类型未知", "values of unknown type pass between its blocks"),
+    "whole_blockwise": ("它按 block 逐个缓存，各自编译", "it is cached block by block, each compiled by itself already"),
     "correction_unknown": (
         "本次采样的噪声水平、求解器或预测类型未知（或求解器带随机噪声），已跳过的步骤不会被修正\n"
         "解决方案: 调用 cache_dit.new_run(model, sigmas=..., solver=..., prediction='flow')，求解器可为 {solvers}",

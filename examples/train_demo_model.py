@@ -13,6 +13,7 @@ import copy
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ LABEL_DROPOUT = 0.12
 EMA_DECAY = 0.995
 WARMUP_STEPS = 30
 SAVE_SECONDS = 180.0
+
+LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def load_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,20 +197,18 @@ def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, sigma: Tensor, n
     return F.mse_loss(output, noise - images)
 
 
-def test_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the flow-matching loss on float32 ``[N, 1, 24, 24]`` images with noise that is the same every time."""
+def held_out_loss(model: nn.Module, loss_of: LossFunction, images: Tensor, labels: Tensor) -> float:
+    """Return the loss on float32 ``[N, 1, 24, 24]`` images with noise that is the same every time."""
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(images.shape, generator=generator)
     sigma = (torch.arange(len(images)) + 0.5) / len(images)
     with torch.no_grad():
-        return float(flow_loss(model, images, labels, sigma, noise))
+        return float(loss_of(model, images, labels, sigma, noise))
 
 
 def train_model(minutes: float, batch_size: int, peak_rate: float, resume: bool) -> None:
     """Train the diffusion transformer for ``minutes`` of wall time, saving its running average as it goes."""
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(2)
-    images, labels, test_images, test_labels = load_data()
     model = build_model()
     if resume:
         load_weights(model, MODEL_FILE)
@@ -215,19 +216,35 @@ def train_model(minutes: float, batch_size: int, peak_rate: float, resume: bool)
     else:
         initialise(model)
     # Eval mode throughout: in training mode each block would drop the label on its own, so that some blocks see the
-    # label and others do not. Labels are dropped below for the whole model at once; there is no other dropout.
+    # label and others do not. Labels are dropped in `fit` for the whole model at once; there is no other dropout.
     model.eval()
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizers = make_optimizers(model, peak_rate)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    fit(model, make_optimizers(model, peak_rate), flow_loss, MODEL_FILE, minutes, batch_size, seed=2)
 
+
+def fit(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    loss_of: LossFunction,
+    path: Path,
+    minutes: float,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Train on the digits for ``minutes`` of wall time; save the running average of the weights every few minutes.
+
+    ``loss_of`` takes the model, images, labels, noise levels and noise, as `flow_loss` does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images, labels, test_images, test_labels = load_data()
+    average = copy.deepcopy(model).requires_grad_(False)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     started = saved = time.monotonic()
     budget = minutes * 60.0
     step = 0
     smooth = 0.0
 
     def save() -> None:
-        held_out = test_loss(average, test_images[:200], test_labels[:200])
+        held_out = held_out_loss(average, loss_of, test_images[:200], test_labels[:200])
         seconds = time.monotonic() - started
         metadata = {
             "steps": str(step),
@@ -236,7 +253,7 @@ def train_model(minutes: float, batch_size: int, peak_rate: float, resume: bool)
             "test_loss": f"{held_out:.4f}",
             "batch_size": str(batch_size),
         }
-        save_weights(average, MODEL_FILE, metadata)
+        save_weights(average, path, metadata)
         print(f"saved at step {step}, {seconds:.0f} s: test loss {held_out:.4f}", flush=True)
 
     order = torch.randperm(TRAIN_COUNT, generator=generator)
@@ -254,7 +271,7 @@ def train_model(minutes: float, batch_size: int, peak_rate: float, resume: bool)
         x, y = images[index], labels[index]
         y = torch.where(torch.rand(batch_size, generator=generator) < LABEL_DROPOUT, NUM_CLASSES, y)
         sigma = torch.sigmoid(0.2 + 1.2 * torch.randn(batch_size, generator=generator))
-        loss = flow_loss(model, x, y, sigma, torch.randn(x.shape, generator=generator))
+        loss = loss_of(model, x, y, sigma, torch.randn(x.shape, generator=generator))
         model.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

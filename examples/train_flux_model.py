@@ -9,9 +9,6 @@ Usage::
 from __future__ import annotations
 
 import argparse
-import copy
-import math
-import time
 from itertools import pairwise
 
 import torch
@@ -21,15 +18,9 @@ from flux_model import FLUX_FILE, build_flux_model, load_flux_model, velocity
 from safetensors import safe_open
 from torch import Tensor, nn
 from train_demo_model import (
-    EMA_DECAY,
-    LABEL_DROPOUT,
-    SAVE_SECONDS,
-    TRAIN_COUNT,
-    WARMUP_STEPS,
     Muon,
     accuracy,
-    load_data,
-    save_weights,
+    fit,
 )
 
 GATE = 0.3
@@ -64,82 +55,19 @@ def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, sigma: Tensor, n
     return F.mse_loss(velocity(model, (1 - level) * images + level * noise, sigma, labels), noise - images)
 
 
-def held_out_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the loss on float32 ``[N, 1, 24, 24]`` images with noise that is the same every time."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(7))
-    sigma = (torch.arange(len(images)) + 0.5) / len(images)
-    with torch.no_grad():
-        return float(flow_loss(model, images, labels, sigma, noise))
-
-
 def train(minutes: float, batch_size: int, peak_rate: float, resume: bool, compile_blocks: bool) -> None:
     """Train for ``minutes`` of wall time, saving the running average of the weights as it goes."""
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(3)
-    images, labels, test_images, test_labels = load_data()
     model = build_flux_model()
     if resume:
         load_weights(model, FLUX_FILE)
         model.requires_grad_(True)
     else:
         initialise(model)
-    average = copy.deepcopy(model).requires_grad_(False)
     if compile_blocks:
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             block.compile()
-    optimizers = make_optimizers(model, peak_rate)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    started = saved = time.monotonic()
-    budget = minutes * 60.0
-    step, smooth = 0, 0.0
-
-    def save() -> None:
-        held_out = held_out_loss(average, test_images[:200], test_labels[:200])
-        seconds = time.monotonic() - started
-        metadata = {
-            "steps": str(step),
-            "seconds": f"{seconds:.0f}",
-            "final_loss": f"{smooth:.4f}",
-            "test_loss": f"{held_out:.4f}",
-            "batch_size": str(batch_size),
-        }
-        save_weights(average, FLUX_FILE, metadata)
-        print(f"saved at step {step}, {seconds:.0f} s: test loss {held_out:.4f}", flush=True)
-
-    order = torch.randperm(TRAIN_COUNT, generator=generator)
-    position = 0
-    while (elapsed := time.monotonic() - started) < budget:
-        # The rate follows the clock, not a step count, so that the decay ends with the budget on any machine.
-        factor = min(1.0, (step + 1) / WARMUP_STEPS) * (0.51 + 0.49 * math.cos(math.pi * elapsed / budget))
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * factor
-        if position + batch_size > TRAIN_COUNT:
-            order, position = torch.randperm(TRAIN_COUNT, generator=generator), 0
-        index = order[position : position + batch_size]
-        position += batch_size
-
-        x, y = images[index], labels[index]
-        y = torch.where(torch.rand(batch_size, generator=generator) < LABEL_DROPOUT, NUM_CLASSES, y)
-        sigma = torch.sigmoid(0.2 + 1.2 * torch.randn(batch_size, generator=generator))
-        loss = flow_loss(model, x, y, sigma, torch.randn(x.shape, generator=generator))
-        model.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-        smooth += max(0.01, 1 / step) * (loss.item() - smooth)
-        if step in (1, 10, 20) or step % 50 == 0:
-            print(f"step {step}: {elapsed:.0f} s, loss {smooth:.4f}, rate x {factor:.3f}", flush=True)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
-    save()
+    fit(model, make_optimizers(model, peak_rate), flow_loss, FLUX_FILE, minutes, batch_size, seed=3)
 
 
 def sample(model: nn.Module, labels: Tensor, guidance: float, steps: int = 28, seed: int = 0) -> Tensor:

@@ -9,9 +9,10 @@ control_inputs       analysis  the inputs that enter the region past the blocks 
 outline_region       rewrite   the region becomes a submodule with explicit inputs and outputs
 insert_cache_branch  rewrite   the submodule becomes ``cond(pred, compute, reuse)``
 specialize_branch    rewrite   the branch is folded for a decision the host has taken
+split_pieces         analysis  a specialized graph cut at the borders of its blocks, those alike with equal keys
 ===================  ========  =====================================================================
 
-All but the last make the intermediate representation, the cond form; lowerings start from it. Passes know nothing of
+All but the last two make the intermediate representation, the cond form; lowerings start from it. Passes know nothing of
 the runtime: they take a graph and plain options.
 """
 
@@ -23,8 +24,9 @@ from .find_blocks import Block, BlockChains, BlockList, find_blocks
 from .insert_cache_branch import BranchOptions, CacheInputs, ResidualBuffer, insert_cache_branch
 from .outline_region import outline_region
 from .specialize_branch import specialize_branch
+from .split_pieces import Piece, Unsplit, split_pieces
 
-PASSES = (find_blocks, choose_region, control_inputs, outline_region, insert_cache_branch, specialize_branch)
+PASSES = (find_blocks, choose_region, control_inputs, outline_region, insert_cache_branch, specialize_branch, split_pieces)
 
 __all__ = [
     "PASSES",
@@ -34,13 +36,16 @@ __all__ = [
     "BranchOptions",
     "CacheInputs",
     "LiveOut",
+    "Piece",
     "Refusal",
     "Region",
     "ResidualBuffer",
+    "Unsplit",
     "choose_region",
     "control_inputs",
     "find_blocks",
     "insert_cache_branch",
     "outline_region",
     "specialize_branch",
+    "split_pieces",
 ]

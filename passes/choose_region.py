@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,8 @@ class Region:
     front: tuple[str, ...]
     cached: tuple[str, ...]
     back: tuple[str, ...]
+    blocks: Mapping[tuple[int, int], tuple[fx.Node, ...]]
+    """Nodes of each block of the chain, front and back included, by (list, place in it); empty where modules were named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class _Span:
     front: tuple[str, ...]
     cached: tuple[str, ...]
     back: tuple[str, ...]
+    blocks: Mapping[tuple[int, int], tuple[int, int]]
 
 
 def choose_region(
@@ -166,8 +169,9 @@ def _chain_span(chain: Sequence[BlockList], front: int, back: int) -> _Span | No
     previous = blocks[front - 1].first if front > 0 else 0
     paths = [block.path for block in blocks]
     lists = tuple(part.path for part in chain)
+    places = {(i, j): (block.first, block.last) for i, part in enumerate(chain) for j, block in enumerate(part.blocks)}
     return _Span(
-        blocks[front].first, last, previous, lists, tuple(paths[:front]), tuple(paths[front:stop]), tuple(paths[stop:])
+        blocks[front].first, last, previous, lists, tuple(paths[:front]), tuple(paths[front:stop]), tuple(paths[stop:]), places
     )
 
 
@@ -183,7 +187,7 @@ def _named_span(gm: fx.GraphModule, named: tuple[str, str]) -> _Span | Refusal:
     if last < first:
         return Refusal("region_backwards", " .. ".join(named))
     cached = tuple(dict.fromkeys(named))
-    return _Span(first, last, 0, (), (), cached, ())
+    return _Span(first, last, 0, (), (), cached, (), {})
 
 
 def _region(gm: fx.GraphModule, span: _Span) -> Region | Refusal:
@@ -211,6 +215,10 @@ def _region(gm: fx.GraphModule, span: _Span) -> Region | Refusal:
         span.front,
         span.cached,
         span.back,
+        {
+            label: tuple(node for node in order[start : stop + 1] if is_compute(node) and node not in hoisted)
+            for label, (start, stop) in span.blocks.items()
+        },
     )
 
 

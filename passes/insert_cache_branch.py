@@ -17,6 +17,8 @@ from .outline_region import REGION_NAME
 
 # Meta key of nodes that only the cond form needs (its branches must agree in memory layout); specializing drops them.
 COND_ONLY = "cache_dit_cond_only"
+# Meta key of the nodes that this pass makes.
+MADE = "cache_dit_made"
 COMPUTE_NAME, REUSE_NAME = "cache_compute", "cache_reuse"
 
 
@@ -188,8 +190,15 @@ def _front_clock(
 
 
 def proxies_of(graph: fx.Graph) -> Any:
-    """A tracer whose proxies append what is done to them to a graph."""
-    return fx.proxy.GraphAppendingTracer(graph)
+    """A tracer whose proxies append what is done to them to a graph, marked as made here."""
+    return _MarkingTracer(graph)
+
+
+class _MarkingTracer(fx.proxy.GraphAppendingTracer):
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[MADE] = True
+        return node
 
 
 class _BranchWriter:

@@ -11,6 +11,8 @@ from .choose_region import Region
 from .graph_values import example_of
 
 REGION_NAME = "cache_region"
+# Meta key of the nodes of a block, (number of its list, number of the block): they stay together, in the region and outside.
+BLOCK = "cache_dit_block"
 
 
 def outline_region(gm: fx.GraphModule, region: Region) -> int:
@@ -33,6 +35,9 @@ def outline_region(gm: fx.GraphModule, region: Region) -> int:
     *Exact*: the same operations run in the same order, hoisted ones earlier.
     """
     graph = gm.graph
+    for label, nodes in region.blocks.items():
+        for node in nodes:
+            node.meta[BLOCK] = label
     anchor = region.nodes[0]
     for node in region.hoisted:
         anchor.prepend(node)
@@ -67,7 +72,8 @@ def _body(gm: fx.GraphModule, region: Region) -> tuple[fx.Graph, list[fx.Node]]:
             copies[node] = body.node_copy(node)
     for node in region.copied_live_ins:
         copies[node] = body.call_method("clone", (copies[node],))
-        copies[node].meta["example_value"] = example_of(node)
+        example = example_of(node)
+        copies[node].meta["example_value"] = example.clone() if isinstance(example, torch.Tensor) else example
     for node in region.nodes:
         copies[node] = body.node_copy(node, lambda argument: copies[argument])
     body.output(tuple(copies[out.node] for out in region.live_outs))

@@ -187,6 +187,40 @@ class AttributeStack(Stack):
         return self.block2(self.block1(self.block0(h, t), t), t)
 
 
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "add_": lambda h: h.add_(1.0),
+    "copy_": lambda h: h.copy_(h * 2.0),
+    "setitem": lambda h: h.__setitem__((0, 0), 1.0),
+}
+
+
+class SharedStack(Stack):
+    """What the second block gave is written to, and a view of it taken before is read behind the fourth."""
+
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__(8)
+        self.write = write
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        h = self.blocks[1](self.blocks[0](h, t), t)
+        view = h[:, :1]
+        self.write(h)
+        h = self.blocks[3](self.blocks[2](h, t), t) + view
+        for block in self.blocks[4:]:
+            h = block(h, t)
+        return h
+
+
+class AutocastStack(Stack):
+    """Two blocks lie in one autocast region."""
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        h = self.blocks[1](self.blocks[0](h, t), t)
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.blocks[3](self.blocks[2](h, t), t)
+        return self.blocks[5](self.blocks[4](h.float(), t), t)
+
+
 class NamedStack(Stack):
     """Blocks as attributes without numbers, beside a module of another class; ``keyed``: in a ``ModuleDict`` instead."""
 

@@ -109,7 +109,7 @@ def test_graphs_and_breaks_are_those_of_plain_compiling(
     assert counters["cache_dit"]["insert_cache_branch"] == 1
 
 
-@pytest.mark.parametrize(("lowering", "programs"), [("specialize", 2), ("cond", 1)])
+@pytest.mark.parametrize(("lowering", "programs"), [("specialize", 2), ("pieces", 6), ("cond", 1)])
 def test_the_inner_compiler_sees_each_program_once(lowering: str, programs: int) -> None:
     inner = Counting()
     model = models.seeded(models.TinyDiT)
@@ -428,13 +428,12 @@ def test_a_failing_inner_compiler_leaves_the_graph_as_traced_and_is_said() -> No
     assert isinstance(raised.value.__cause__, cache_dit.CacheDitError)
 
 
-def test_a_form_that_is_not_built_gives_way_and_says_so() -> None:
-    from cache_dit.lowering import LOWERINGS
-
-    if "pieces" in LOWERINGS:
-        pytest.skip("the form is built")
-    model = models.seeded(models.TinyDiT)
-    cache_dit.enable_cache(model, lowering="pieces", **EXACT)
-    with pytest.warns(CacheDitWarning, match="pieces"):
-        run(model)
+def test_a_form_that_a_model_cannot_have_gives_way_and_says_why() -> None:
+    model = models.seeded(models.GluedStack)
+    cache_dit.enable_cache(model, lowering="pieces", language="en", **EXACT)
+    with pytest.warns(CacheDitWarning, match="'pieces' does not suit this model: no two of its blocks have the same graph"):
+        with torch.no_grad():
+            for step in range(8):
+                model(models.example()[0], torch.full((models.BATCH,), 0.9 - 0.1 * step))
     assert cache_dit.get_stats(model).hits == 3
+    assert "compiled as: specialize" in cache_dit.explain(model)

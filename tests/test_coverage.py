@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +49,24 @@ def test_every_class_of_diffusers_has_a_configuration() -> None:
     configured = {tiny.name for tiny in TINY_MODELS.values()}
     assert set(discovered()) - configured == set(UNTESTED)
     assert configured <= set(discovered())
+
+
+def test_the_parts_of_the_sweep_are_the_whole_and_a_process_checks_what_it_is_given_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "coverage.py"
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    spec = importlib.util.spec_from_file_location("sweep", script)
+    assert spec is not None and spec.loader is not None
+    coverage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(coverage)
+
+    def chosen(*arguments: str) -> list[str]:
+        return [tiny.label for tiny in coverage._chosen(coverage._parsed(arguments))]
+
+    parts = [chosen("--part", f"{part}/3") for part in (1, 2, 3)]
+    assert sorted(label for part in parts for label in part) == sorted(TINY_MODELS)
+    assert chosen("--part", "today/3") in parts
+    name = next(tiny.name for tiny in TINY_MODELS.values() if tiny.name != tiny.label)
+    assert len(chosen(name)) > 1
+    assert chosen("--worker", name) == [name]

@@ -194,9 +194,12 @@ COMBINATIONS = [
     ("sd3", torch.bfloat16, torch.inference_mode, "specialize", False),
     ("pixart", torch.float32, torch.inference_mode, "cond", False),
     ("pixart", torch.bfloat16, torch.no_grad, "specialize", False),
+    ("dit", torch.bfloat16, torch.no_grad, "pieces", False),
+    ("flux", torch.float32, torch.inference_mode, "pieces", False),
     # tracing these for dynamic shapes takes torch half a minute each
     pytest.param("dit", torch.bfloat16, torch.inference_mode, "cond", True, marks=pytest.mark.slow),
     pytest.param("flux", torch.float32, torch.inference_mode, "specialize", True, marks=pytest.mark.slow),
+    pytest.param("flux", torch.float32, torch.no_grad, "pieces", True, marks=pytest.mark.slow),
 ]
 
 
@@ -354,7 +357,7 @@ def test_front_and_back_blocks_always_compute(front: int, back: int) -> None:
     compare(model, eager, reference, inputs_of_run(), FIXED_HITS)
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", "pieces", "cond"])
 def test_two_streams_each_have_their_residual(lowering: str) -> None:
     model = models.seeded(lambda: models.JointDiT(4, 0))
     reference = copy.deepcopy(model)
@@ -364,7 +367,7 @@ def test_two_streams_each_have_their_residual(lowering: str) -> None:
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "callable"])
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", "pieces", "cond"])
 def test_inner_compilers_agree(inner: Any, lowering: str) -> None:
     model = models.seeded(models.TinyDiT)
     reference = copy.deepcopy(model)
@@ -477,7 +480,7 @@ def noise_added(model: nn.Module, lowering: str = "specialize") -> tuple[list[Te
     return found, sizes
 
 
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", "pieces", "cond"])
 def test_noise_has_the_size_that_was_asked_for(lowering: str) -> None:
     found, sizes = noise_added(models.seeded(Bare), lowering)
     assert len(found) == 3

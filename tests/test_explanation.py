@@ -79,7 +79,7 @@ def test_after_a_call_it_names_blocks_values_and_bytes() -> None:
         ({"residual_dtype": "bfloat16"}, 0.5),
     ],
 )
-@pytest.mark.parametrize("lowering", ["specialize", "cond"])
+@pytest.mark.parametrize("lowering", ["specialize", "pieces", "cond"])
 def test_the_bytes_are_known_before_the_first_skip_and_are_what_is_held(
     options: dict[str, Any], held: float, lowering: str
 ) -> None:

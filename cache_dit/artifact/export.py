@@ -144,7 +144,7 @@ def _compile(
     if isinstance(rewritten, passes.Refusal):
         report.reason, report.detail = rewritten.key, rewritten.detail
         raise CacheDitError(text("no_region", language, details=report.refusal_text(language)))
-    graph, region, inputs, controls = rewritten
+    graph, region, inputs, controls = rewritten.graph, rewritten.region, rewritten.inputs, rewritten.controls
     leaves, _ = pytree.tree_flatten_with_path(arguments.values)
     placeholders = [node for node in plain.graph.nodes if node.op == "placeholder"]
     tensors = [i for i, (_, value) in enumerate(leaves) if isinstance(value, torch.Tensor)]

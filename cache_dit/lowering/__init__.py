@@ -4,6 +4,7 @@
 form        what is compiled
 ==========  ============================================================================================
 specialize  a compute graph and a reuse graph, each whole; the runtime picks
+pieces      what comes before the blocks, one program for each distinct block, the cache, the rest: called in order
 cond        the graph with the branch inside, once; the predicate is an input
 ==========  ============================================================================================
 """
@@ -18,6 +19,7 @@ from torch import fx
 from ..passes.graph_values import example_of
 from ..runtime.program import Programs
 from .cond import lower_cond
+from .pieces import NotInPieces, lower_pieces
 from .specialize import lower_specialize
 
 InnerCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -30,13 +32,16 @@ class Lowering(NamedTuple):
     lower: Callable[[fx.GraphModule, Sequence[Any], InnerCompiler], Programs]
 
 
-LOWERINGS = {each.name: each for each in (Lowering("specialize", lower_specialize), Lowering("cond", lower_cond))}
+LOWERINGS = {
+    each.name: each
+    for each in (Lowering("specialize", lower_specialize), Lowering("pieces", lower_pieces), Lowering("cond", lower_cond))
+}
 DEFAULT_LOWERING = "specialize"
 
 
 def choose_lowering(wanted: str) -> Lowering:
-    """The form for the option ``lowering``; a form that is not built gives way to the default."""
-    return LOWERINGS.get(wanted, LOWERINGS[DEFAULT_LOWERING])
+    """The form for the option ``lowering``."""
+    return LOWERINGS[DEFAULT_LOWERING if wanted == "auto" else wanted]
 
 
 def with_cache_examples(gm: fx.GraphModule, examples: Sequence[Any]) -> list[Any]:
@@ -45,4 +50,12 @@ def with_cache_examples(gm: fx.GraphModule, examples: Sequence[Any]) -> list[Any
     return [*examples, *(example_of(node) for node in placeholders[len(examples) :])]
 
 
-__all__ = ["DEFAULT_LOWERING", "LOWERINGS", "InnerCompiler", "Lowering", "choose_lowering", "with_cache_examples"]
+__all__ = [
+    "DEFAULT_LOWERING",
+    "LOWERINGS",
+    "InnerCompiler",
+    "Lowering",
+    "NotInPieces",
+    "choose_lowering",
+    "with_cache_examples",
+]

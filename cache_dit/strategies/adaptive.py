@@ -47,19 +47,13 @@ def within_clock(view: StepView, bound: float, look_ahead: float = LOOK_AHEAD) -
 
 
 @dataclass(frozen=True, slots=True)
-class ClockStrategy:
-    """Skips until the front's accumulated change since the last computed step would exceed `tolerance`.
-
-    Unit of `tolerance`: relative change of the output of the front blocks, mean|Hᵢ − Hᵢ₋₁| / mean|Hᵢ₋₁| summed over
-    steps: at 0.1 the region computes again once its input has moved by about a tenth of its size. Where increments are
-    not measured, it skips as often as `skip_interval` says.
-    """
+class FrontRule:
+    """Skips while the front's change, as `within` reads it, says so; where it is not measured, by `skip_interval`."""
 
     skip_interval: int
     warmup_steps: int
     max_consecutive_hits: int
     tolerance: float
-    look_ahead: float = LOOK_AHEAD
 
     def decide(self, view: StepView) -> Decision:
         if view.step <= self.warmup_steps:
@@ -67,15 +61,34 @@ class ClockStrategy:
         guarded = guard(view, self.skip_interval, self.max_consecutive_hits)
         if guarded is not None:
             return guarded
-        if view.last_increment is None:
+        within = self.within(view)
+        if within is None:
             return Decision(view.step % self.skip_interval == 0, "interval")
-        return Decision(within_clock(view, self.tolerance, self.look_ahead), "clock")
+        return Decision(within, "clock")
+
+    def within(self, view: StepView) -> bool | None:
+        """Whether the step may be skipped; None: nothing has been measured to say so."""
+        raise NotImplementedError
 
     def never_skips(self) -> bool:
         return False
 
     def notes(self) -> list[str]:
         return []
+
+
+@dataclass(frozen=True, slots=True)
+class ClockStrategy(FrontRule):
+    """Skips until the front's accumulated change since the last computed step would exceed `tolerance`.
+
+    Unit of `tolerance`: relative change of the output of the front blocks, mean|Hᵢ − Hᵢ₋₁| / mean|Hᵢ₋₁| summed over
+    steps: at 0.1 the region computes again once its input has moved by about a tenth of its size.
+    """
+
+    look_ahead: float = LOOK_AHEAD
+
+    def within(self, view: StepView) -> bool | None:
+        return None if view.last_increment is None else within_clock(view, self.tolerance, self.look_ahead)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .adaptive import guard
-from .decision import Decision, StepView
+from .adaptive import FrontRule
+from .decision import StepView
 
 
 @dataclass(frozen=True, slots=True)
-class FirstBlock:
+class FirstBlock(FrontRule):
     """Skips while the front's output is within `tolerance`, relative, of what it was at the last computed step.
 
     The published rule looks at this step's front; here the distance is carried on from the step before, as if it had
@@ -18,21 +18,9 @@ class FirstBlock:
     Source: first-block cache of ParaAttention (2024), which the project cache-dit calls DBCache.
     """
 
-    skip_interval: int
-    warmup_steps: int
-    max_consecutive_hits: int
-    tolerance: float
-
-    def decide(self, view: StepView) -> Decision:
-        if view.step <= self.warmup_steps:
-            return Decision(False, "warmup")
-        guarded = guard(view, self.skip_interval, self.max_consecutive_hits)
-        if guarded is not None:
-            return guarded
+    def within(self, view: StepView) -> bool | None:
         distance = self._distance(view)
-        if distance is None:
-            return Decision(view.step % self.skip_interval == 0, "interval")
-        return Decision(distance <= self.tolerance, "clock")
+        return None if distance is None else distance <= self.tolerance
 
     def _distance(self, view: StepView) -> float | None:
         """How far the front will be from the last computed step's, from how far it was one step earlier."""
@@ -42,9 +30,3 @@ class FirstBlock:
         # the step before was measured against the computed step before it: itself skipped, or the newest of them
         covered = view.step - 1 - newest if view.consecutive_hits else newest - older
         return view.last_increment / covered * (view.step - newest)
-
-    def never_skips(self) -> bool:
-        return False
-
-    def notes(self) -> list[str]:
-        return []

@@ -10,10 +10,24 @@ import torch
 from cache_dit.passes import BranchOptions, CacheInputs
 from torch import Tensor, fx, nn
 
-from cache_dit.lowering import LOWERINGS, InnerCompiler, choose_lowering, with_cache_examples
+from cache_dit.lowering import DEFAULT_LOWERING, LOWERINGS, InnerCompiler, NotInPieces, choose_lowering, with_cache_examples
 from cache_dit.runtime.program import Programs
 from cache_dit.torch_internals import copy_dynamo_graph, inner_compiler
-from tests.models import VARIANTS, CacheState, JointDiT, Stack, example, rewrite, run, seeded, traced_variant
+from tests.models import (
+    VARIANTS,
+    WRITES,
+    AutocastStack,
+    CacheState,
+    InPlaceStack,
+    JointDiT,
+    SharedStack,
+    Stack,
+    example,
+    rewrite,
+    run,
+    seeded,
+    traced_variant,
+)
 
 EVERYTHING = BranchOptions(history=2, noise=True, front_clock=True)
 EAGER = inner_compiler("eager", None, {})
@@ -62,13 +76,22 @@ def assert_close(steps: Sequence[Step], expected: Sequence[Step]) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+# Three blocks, each with glue of its own: compiled whole.
+NOTHING_ALIKE = ("glued", "side", "transposed")
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_forms_agree_bit_for_bit_and_computed_steps_with_the_model(name: str) -> None:
     results = {}
     for form in LOWERINGS:
+        if form == "pieces" and name in NOTHING_ALIKE:
+            with pytest.raises(NotInPieces, match="nothing_alike"):
+                lowered(name, form)
+            continue
         programs, inputs, flat = lowered(name, form)
         results[form] = driven(programs, CacheState(inputs), [flat] * len(DECISIONS), outputs=1)
-    assert_equal(results["cond"], results["specialize"])
+    for steps in results.values():
+        assert_equal(steps, results["specialize"])
     expected = run(traced_variant(name).copy(), traced_variant(name).inputs)[0]
     for (compute, _), step in zip(DECISIONS, results["specialize"], strict=True):
         assert torch.equal(step.outputs[0], expected) is compute
@@ -83,7 +106,11 @@ class Compiled(NamedTuple):
 
 
 def compiled(
-    build: Callable[[], nn.Module], calls: Sequence[tuple[Tensor, ...]], inner: str, dynamic: bool | None = None
+    build: Callable[[], nn.Module],
+    calls: Sequence[tuple[Tensor, ...]],
+    inner: str,
+    dynamic: bool | None = None,
+    forms: Sequence[str] = tuple(LOWERINGS),
 ) -> Compiled:
     """Lower inside a backend, as it is done in earnest, then call the programs by hand."""
     made: list[tuple[dict[str, Programs], CacheInputs]] = []
@@ -95,7 +122,7 @@ def compiled(
         graph.recompile()
         all_examples = with_cache_examples(graph, examples)
         compile_inner = inner_compiler(inner, None, {})
-        programs = {name: form.lower(graph, all_examples, compile_inner) for name, form in LOWERINGS.items()}
+        programs = {name: LOWERINGS[name].lower(graph, all_examples, compile_inner) for name in forms}
         programs["eager"] = LOWERINGS["specialize"].lower(graph, all_examples, EAGER)
         made.append((programs, inputs))
 
@@ -141,9 +168,24 @@ def test_inductor_agrees_to_rounding() -> None:
         assert_close(steps, found.eager)
 
 
-def test_a_form_that_is_not_built_gives_way_to_the_default() -> None:
-    assert choose_lowering("cond").name == "cond"
-    assert choose_lowering("auto").name == choose_lowering("pieces").name == "specialize"
+def test_the_form_is_the_one_asked_for() -> None:
+    assert {name: choose_lowering(name).name for name in LOWERINGS} == {name: name for name in LOWERINGS}
+    assert choose_lowering("auto").name == DEFAULT_LOWERING
+
+
+TIED = {
+    **{f"shared_{name}": lambda name=name: SharedStack(WRITES[name]) for name in WRITES},
+    "autocast": lambda: AutocastStack(6),
+    "in_place": InPlaceStack,
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_pieces_tied_by_memory_or_by_a_context_agree(name: str) -> None:
+    found = compiled(TIED[name], [example(seed=seed) for seed in range(5)], "aot_eager", forms=("specialize", "pieces"))
+    assert_close(found.forms["pieces"], found.forms["specialize"])
+    for (compute, _), step, plain in zip(DECISIONS, found.forms["pieces"], found.plain, strict=True):
+        assert torch.allclose(step.outputs[0], plain, rtol=1e-4, atol=1e-5) is compute
 
 
 def test_the_examples_of_the_cache_inputs_follow_those_of_the_model() -> None:

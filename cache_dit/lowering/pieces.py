@@ -1,0 +1,132 @@
+"""The form in pieces: one program for each distinct block, called in order; compile time does not grow with depth.
+
+The graphs of both decisions are cut at the borders of the blocks. Pieces alike, in one graph or across the two, are compiled
+once: a skipped step shares all its programs with a computed one, but for the prediction. The price is a call for each piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from ..passes import Piece, Unsplit, split_pieces
+from ..passes.graph_values import example_of
+from ..passes.specialize_branch import specialize_branch
+from ..runtime.program import FlatCall, Programs
+from ..torch_internals import copy_dynamo_graph, fill_examples, keep_dynamo_attributes, record_rewrite
+
+
+class NotInPieces(Exception):
+    """A graph cannot be cut, or has no two pieces alike; the argument says why, as a stable key."""
+
+
+def lower_pieces(
+    gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[[fx.GraphModule, Sequence[Any]], Any]
+) -> Programs:
+    """Compile each distinct piece once, those of the skipped step first (see :mod:`.specialize`).
+
+    Raises:
+        NotInPieces: the graph is better compiled whole.
+    """
+    cuts = {compute: _Cut.of(gm, compute) for compute in (False, True)}
+    computed = cuts[True].pieces
+    if len({piece.key for piece in computed}) == len(computed):
+        raise NotInPieces("nothing_alike")
+    programs: dict[Hashable, Callable[..., Any]] = {}
+    for cut in cuts.values():
+        for piece in cut.pieces:
+            if piece.key not in programs:
+                programs[piece.key] = _compiled(gm, piece, compile_inner)
+    return Programs(cuts[True].driver(programs), cuts[False].driver(programs))
+
+
+def _compiled(gm: fx.GraphModule, piece: Piece, compile_inner: Callable[..., Any]) -> Callable[..., Any]:
+    keep_dynamo_attributes(gm, piece.graph)
+    piece.graph.graph.lint()
+    run: Callable[..., Any] = compile_inner(piece.graph, [example_of(node) for node in piece.inputs])
+    return run
+
+
+class _Call(NamedTuple):
+    """A call of a piece: what it takes and where its results go, as places in the list of values."""
+
+    run: Callable[..., Any]
+    pick: Callable[[list[Any]], Sequence[Any]]
+    results: slice
+    spent: tuple[int, ...]
+
+
+class _Cut:
+    """The graph of one decision and its pieces."""
+
+    def __init__(self, graph: fx.GraphModule, pieces: list[Piece]) -> None:
+        self._graph, self.pieces = graph, pieces
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, compute: bool) -> _Cut:
+        """Specialize a copy for a decision and cut it."""
+        graph = copy_dynamo_graph(gm)
+        folded = specialize_branch(graph, compute=compute)
+        fill_examples(graph)
+        pieces = split_pieces(graph)
+        if isinstance(pieces, Unsplit):
+            raise NotInPieces(pieces.key)
+        record_rewrite("specialize_branch", folded, graph)
+        record_rewrite("split_pieces", len(pieces), graph)
+        return cls(graph, pieces)
+
+    def driver(self, programs: dict[Hashable, Callable[..., Any]]) -> FlatCall:
+        """A function that calls the pieces in order and lets go of every value behind its last use."""
+        nodes = list(self._graph.graph.nodes)
+        given = [node for node in nodes if node.op == "placeholder"]
+        attributes = [node for node in nodes if node.op == "get_attr"]
+        places = {node: i for i, node in enumerate([*given, *attributes])}
+        for piece in self.pieces:
+            for node in piece.outputs:
+                places[node] = len(places)
+        returned = nodes[-1].args[0]
+        assert isinstance(returned, (tuple, list))
+        kept = {node for node in returned if isinstance(node, fx.Node)}
+        last_use = {node: i for i, piece in enumerate(self.pieces) for node in (*piece.outputs, *piece.inputs)}
+        calls = []
+        for i, piece in enumerate(self.pieces):
+            first = places[piece.outputs[0]] if piece.outputs else 0
+            spent = [node for node, last in last_use.items() if last == i and node not in kept and node.op.startswith("call")]
+            calls.append(
+                _Call(
+                    programs[piece.key],
+                    _picker([places[node] for node in piece.inputs]),
+                    slice(first, first + len(piece.outputs)),
+                    tuple(places[node] for node in spent),
+                )
+            )
+        constants = [self._attribute(str(node.target)) for node in attributes]
+        room = [None] * (len(places) - len(given) - len(attributes))
+        # what is returned: a place in the list of values, else a constant of the graph
+        results = [(places[each], None) if isinstance(each, fx.Node) else (None, each) for each in returned]
+
+        def run(flat: Sequence[Any]) -> Sequence[Any]:
+            values = [*flat, *constants, *room]
+            for call in calls:
+                values[call.results] = call.run(*call.pick(values))
+                for place in call.spent:
+                    values[place] = None
+            return [constant if place is None else values[place] for place, constant in results]
+
+        return run
+
+    def _attribute(self, target: str) -> Any:
+        value: Any = self._graph
+        for part in target.split("."):
+            value = getattr(value, part)
+        return value
+
+
+def _picker(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    if len(places) == 1:
+        only = places[0]
+        return lambda values: (values[only],)
+    return itemgetter(*places) if places else lambda values: ()
