@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         stats,
         summary,
     )
+    from .artifact.export import export
+    from .artifact.load import load
     from .errors import CacheDitError
     from .explanation import Explanation
     from .options import CacheOptions
@@ -56,6 +58,8 @@ _HOME = {
         "stats",
         "summary",
     ),
+    "artifact.export": ("export",),
+    "artifact.load": ("load",),
     "errors": ("CacheDitError",),
     "explanation": ("Explanation",),
     "options": ("CacheOptions",),
@@ -75,8 +79,10 @@ __all__ = [
     "enable",
     "enable_cache",
     "explain",
+    "export",
     "get_global_stats",
     "get_stats",
+    "load",
     "new_run",
     "reset_cache_stats",
     "set_global_config",

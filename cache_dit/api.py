@@ -56,6 +56,7 @@ def enable_cache(
     lowering: str | None = None,
     inner: str | Callable[..., Any] | None = None,
     inner_options: Mapping[str, Any] | None = None,
+    group: Any = None,
     strict: bool | None = None,
     language: str | None = None,
     **unknown: object,
@@ -94,6 +95,9 @@ def enable_cache(
         inner: the compiler that gets the rewritten graph: ``'inductor'`` (default), ``'aot_eager'``, ``'eager'``, another
             backend of torch, or a callable (graph module, example inputs) -> callable.
         inner_options: options for it.
+        group: which processes of ``torch.distributed`` take each decision together: ``'auto'`` (default: those that share
+            the model's forward, by sharded weights, context parallelism or collectives in its graph), ``'world'``, a
+            process group, or False (each by itself).
         strict: raise `CacheDitError` where nothing could be cached, instead of warning once.
         language: ``'zh'`` or ``'en'``.
 
@@ -147,6 +151,7 @@ def _is_enabled(module: torch.nn.Module) -> bool:
 def _enable(module: torch.nn.Module, options: CacheOptions) -> None:
     session = Session(options, model_name(module), owns_calls=True)
     call = CachedCall(module, session, owned_backend(options.program()))
+    call.join_ranks()
     register_module(module, session)
     call.install()
 
@@ -329,7 +334,7 @@ def _sessions(model: object) -> list[Session]:
 def _warn_if_displaced(module: torch.nn.Module) -> None:
     """``module.compile()`` takes the slot that `enable_cache` took, and nothing of ours is called any more."""
     session = session_of_module(module)
-    if session is not None and session.enabled and not _is_enabled(module):
+    if session is not None and session.enabled and session.in_slot and not _is_enabled(module):
         session.said.warn("displaced")
 
 

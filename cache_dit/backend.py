@@ -18,7 +18,9 @@ from .lowering import NotInPieces, choose_lowering, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options
 from .other_project import warn_of_other_project
+from .passes.graph_values import example_of
 from .runtime.program import CachedGraph, Programs, UncachedGraph, sizes_are_known
+from .runtime.ranks import is_parallel
 from .runtime.registry import session_of_parameter
 from .runtime.session import Session, active_session
 from .texts import text
@@ -26,9 +28,11 @@ from .torch_internals import (
     backend_failure,
     break_reason,
     check_internals,
+    collective_groups,
     copy_dynamo_graph,
     frame_id,
     inner_compiler,
+    is_distributed,
     is_tracer_signal,
     recompile_reason,
     record_rewrite,
@@ -154,9 +158,11 @@ def compile_graph(
     language = calls.options.language if calls.options is not None else _language_of_session()
     compile_inner = FallbackCompiler(program, mode, language)
     report = GraphReport.of(gm, break_reason(gm), recompile_reason())
+    if is_parallel():
+        report.groups = collective_groups(gm)
     _announce_start(report, language)
     start = perf_counter()
-    rewritten = _rewrite(gm, program)
+    rewritten = rewrite_graph(gm, program)
     runnable: CachedGraph | UncachedGraph
     if isinstance(rewritten, passes.Refusal):
         report.reason, report.detail = rewritten.key, rewritten.detail
@@ -200,7 +206,7 @@ class FallbackCompiler:
 
 
 @dataclass(frozen=True, slots=True)
-class _Branched:
+class Branched:
     """A graph with the cache branch in it. ``controls``: inputs that enter the region from outside, by position."""
 
     graph: fx.GraphModule
@@ -209,7 +215,11 @@ class _Branched:
     controls: tuple[int, ...]
 
 
-def _rewrite(gm: fx.GraphModule, program: ProgramOptions) -> _Branched | passes.Refusal:
+def rewrite_graph(
+    gm: fx.GraphModule,
+    program: ProgramOptions,
+    sizes_known: Callable[[passes.CacheInputs, Sequence[fx.Node]], bool] = sizes_are_known,
+) -> Branched | passes.Refusal:
     """The passes up to the cond form, over a copy."""
     if torch.is_grad_enabled():
         return passes.Refusal("grad_mode")
@@ -220,16 +230,18 @@ def _rewrite(gm: fx.GraphModule, program: ProgramOptions) -> _Branched | passes.
     )
     if isinstance(region, passes.Refusal):
         return region
+    if any(is_distributed(example_of(out.node)) for out in region.live_outs):
+        return passes.Refusal("distributed_tensor")
     controls = passes.control_inputs(graph, region)
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
     inputs = passes.insert_cache_branch(graph, region, program.branch)
     record_rewrite("insert_cache_branch", 1, graph)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    if not sizes_are_known(inputs, placeholders):
+    if not sizes_known(inputs, placeholders):
         return passes.Refusal("sizes_unknown")
     graph.graph.lint()
     graph.recompile()
-    return _Branched(graph, region, inputs, controls)
+    return Branched(graph, region, inputs, controls)
 
 
 def _lowered(

@@ -65,6 +65,8 @@ class GraphReport:
     lowering: str = ""
     compile_seconds: float = 0.0
     booked: bool = False
+    # process groups whose collectives the graph holds
+    groups: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, gm: fx.GraphModule, break_reason: str | None, recompile_reason: str | None) -> GraphReport:

@@ -76,6 +76,7 @@ class CacheOptions:
     lowering: str = "auto"
     inner: str | Callable[..., Any] = "inductor"
     inner_options: dict[str, Any] | None = None
+    group: Any = "auto"  # a name, False, or a process group of torch.distributed
     strict: bool = False
     language: str | None = None  # None: CACHE_DIT_LANG where a text is made
 
@@ -418,6 +419,17 @@ def _accept_inner(value: object) -> str | Callable[..., Any]:
     return value
 
 
+def _accept_group(value: object) -> Any:
+    # by name: torch may lack its distributed package
+    if value is False or any(base.__name__ == "ProcessGroup" for base in type(value).__mro__):
+        return value
+    if not isinstance(value, str):
+        raise TypeError
+    if value not in ("auto", "world"):
+        raise ValueError
+    return value
+
+
 def _accept_inner_options(value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError
@@ -451,6 +463,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "lowering": _one_of(LOWERINGS),
     "inner": _Rule("'inductor' | 'aot_eager' | 'eager' | str (a torch.compile backend) | callable", _accept_inner),
     "inner_options": _Rule("dict[str, object]", _accept_inner_options),
+    "group": _Rule("'auto' | 'world' | False | torch.distributed.ProcessGroup", _accept_group),
     "strict": _BOOL,
     "language": _one_of(LANGUAGES),
 }

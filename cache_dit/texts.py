@@ -354,6 +354,10 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "输出的大小取决于数据，调用前无法得知",
         "the sizes of its outputs depend on data and are not known before the call",
     ),
+    "refusal_distributed_tensor": (
+        "离开缓存区域的是 DTensor；解决方案: 让各块返回本地张量（use_local_output=True）",
+        "what leaves the region is a DTensor; remedy: let the blocks return local tensors (use_local_output=True)",
+    ),
     "refusal_grad_mode": ("在梯度模式下追踪", "traced in grad mode"),
     "refusal_other": ("{reason} {detail}", "{reason} {detail}"),
     # Short names of the reasons to compute, for counts.
@@ -600,6 +604,127 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "cli_demo_picture": (
         "图片: {path}（左: torch.compile；右: {name}；下: 各设置计算与跳过的步）。共用时 {seconds:.0f} 秒",
         "Picture: {path} (left: torch.compile; right: {name}; below: the steps computed and skipped). {seconds:.0f} s in all",
+    ),
+    # Several processes.
+    "explain_ranks": (
+        "与 {count} 个进程共同决策（本进程: {rank}）；上面的内存为本进程的；已交换测量 {sent} 次",
+        "decides alike with {count} ranks (this one: {rank}); memory above is this rank's; measurements exchanged {sent} times",
+    ),
+    "ranks_missing": (
+        "进程 {ranks} 在 {seconds:.0f} 秒内没有就绪\n"
+        "解决方案: 检查这些进程是否已退出，以及是否对同一模型以同样方式（都切分或都不切分）启用了缓存",
+        "Ranks {ranks} have not come within {seconds:.0f} s\n"
+        "Remedy: see whether they live, and whether they turned caching on for the same model, sharded in the same way",
+    ),
+    "ranks_differ": (
+        "进程 {a} 与进程 {b} 的设置不同: {what}\n解决方案: 在所有进程上使用相同的选项与切分方式",
+        "Ranks {a} and {b} differ: {what}\nRemedy: give all ranks the same options and the same sharding",
+    ),
+    "ranks_late": (
+        "其他进程的测量值在 {seconds:.0f} 秒内没有到达: {why}\n解决方案: 检查其他进程是否已退出或停滞；本次生成已中止",
+        "What the other ranks measured has not come within {seconds:.0f} s: {why}\n"
+        "Remedy: see whether one of them died or hangs; this generation has been given up",
+    ),
+    "ranks_memory": (
+        "本进程没有足够的内存存放残差，而其他进程会继续跳步\n解决方案: 使用 residual_device='cpu' 或较小的 residual_dtype",
+        "This rank has no memory for the residuals, and the others would go on skipping\n"
+        "Remedy: residual_device='cpu' or a smaller residual_dtype",
+    ),
+    "ranks_control": (
+        "多个进程共同决策时不能使用 control_refresh: 它依据各进程自己的输入\n解决方案: 去掉该选项，或设 group=False",
+        "control_refresh cannot be had where ranks decide alike: it goes by the inputs of each\n"
+        "Remedy: leave it out, or set group=False",
+    ),
+    # Artifacts.
+    "exporting": (
+        "正在把模型连同缓存编译成文件（在 CPU 上可能需要几分钟）",
+        "Compiling the model and its cache into a file (may take minutes on a CPU)",
+    ),
+    "export_path": ("path={path!r}: 文件名必须以 .pt2 结尾", "path={path!r}: the name has to end in .pt2"),
+    "export_inner": (
+        "inner={inner}, lowering={lowering}: export 只支持 inner='inductor' 以及 lowering='auto' 或 'specialize'",
+        "inner={inner}, lowering={lowering}: export takes inner='inductor' and lowering='auto' or 'specialize' only",
+    ),
+    "export_several": (
+        "该 pipeline 有 {count} 个去噪模型；请分别导出: export(pipe.transformer, …)",
+        "The pipeline has {count} denoisers; export each by itself: export(pipe.transformer, …)",
+    ),
+    "export_untraced": (
+        "模型无法整体追踪成一张图: {why}\n解决方案: 改用 enable_cache；或按 torch.export 的说明修改模型或 dynamic_shapes",
+        "The model cannot be traced as one graph: {why}\n"
+        "Remedy: use enable_cache instead; or change the model or dynamic_shapes as torch.export's message says",
+    ),
+    "export_arguments": (
+        "example_inputs={given}: 应为按顺序的参数序列，或按名称的字典；forward 的参数: {names}",
+        "example_inputs={given}: a sequence of arguments in order, or a mapping by name, is wanted; forward takes {names}",
+    ),
+    "export_shapes": (
+        "dynamic_shapes 中的 {names} 不是样例中的参数；样例中有: {known}",
+        "{names} in dynamic_shapes is no argument of the example, which has {known}",
+    ),
+    "export_shapes_unknown": (
+        "无法从输入的尺寸得到动态尺寸 {what}\n解决方案: 让该尺寸保持静态，或为它的一个因子指定 torch.export.Dim",
+        "The dynamic size {what} cannot be told from the sizes of the inputs\n"
+        "Remedy: leave it static, or give torch.export.Dim for one of its factors",
+    ),
+    "export_output": (
+        "模型返回了 {kind}；只能导出张量、元组、列表、字典和简单常量",
+        "The model returns a {kind}; only tensors, tuples, lists, dictionaries and plain constants can be exported",
+    ),
+    "export_constant": (
+        "参数 {name}（{kind}）既不是张量也不是编译时的常量\n解决方案: 以张量形式传入",
+        "The argument {name} ({kind}) is neither a tensor nor a constant at compile time\nRemedy: pass it as a tensor",
+    ),
+    "artifact_corrupt": (
+        "{path} 已损坏或不是 cache_dit 导出的文件: {why}\n解决方案: 重新用 cache_dit.export 导出",
+        "{path} is damaged or was not written by cache_dit.export: {why}\nRemedy: export it again",
+    ),
+    "artifact_torch": (
+        "该文件由 torch {made} 编译，而这里是 torch {here}\n解决方案: 安装 torch {made}，或在这里重新导出",
+        "The file was compiled by torch {made}, and this is torch {here}\n"
+        "Remedy: install torch {made}, or export it again here",
+    ),
+    "artifact_device": (
+        "该文件为 {made} 设备编译，而这里没有这种设备\n解决方案: 在这里的设备上重新导出",
+        "The file was compiled for {made}, and there is no such device here\nRemedy: export it again on the device at hand",
+    ),
+    "artifact_machine": (
+        "该文件为另一种机器编译: {what}\n解决方案: 在这里重新导出",
+        "The file was compiled for another machine: {what}\nRemedy: export it again here",
+    ),
+    "artifact_options": (
+        "{names}: 已在导出时编译进程序，不能在加载时更改\n解决方案: 用这些选项重新导出",
+        "{names}: compiled into the programs, so it cannot be changed by load\nRemedy: export again with these options",
+    ),
+    "artifact_structure": (
+        "参数的结构与导出时不同（{names}）",
+        "The arguments are built otherwise than in the export ({names})",
+    ),
+    "artifact_constant": (
+        "{name}={value!r}: 导出时的值 {made!r} 已编译进程序\n解决方案: 使用该值，或用新值重新导出",
+        "{name}={value!r}: {made!r} was compiled in\nRemedy: pass that value, or export again with the new one",
+    ),
+    "artifact_arguments": (
+        "给出的参数: {given}；导出时的参数: {names}\n解决方案: 恰好给出这些参数，各一次",
+        "Arguments given: {given}; of the export: {names}\nRemedy: give exactly these, each once",
+    ),
+    "artifact_tensor": ("{name} 应为张量，却是 {kind}", "{name} is a {kind}: a tensor is wanted"),
+    "artifact_input": (
+        "{name} 为 {value}，而程序为 {made} 编译\n解决方案: 转换该输入，或重新导出",
+        "{name} is {value}, and the programs were compiled for {made}\nRemedy: convert it, or export again",
+    ),
+    "artifact_grad": (
+        "{name} 需要梯度，而导出的程序没有反向传播\n解决方案: 在 torch.no_grad() 中调用",
+        "{name} asks for gradients, and compiled programs have none\nRemedy: call it under torch.no_grad()",
+    ),
+    "artifact_range": (
+        "{name} 的形状为 {shape}: 第 {axis} 维是 {value}，允许 {allowed}\n解决方案: 以更大的 dynamic_shapes 范围重新导出",
+        "{name} has the shape {shape}: dimension {axis} is {value}, allowed: {allowed}\n"
+        "Remedy: export again with wider dynamic_shapes",
+    ),
+    "artifact_guard": (
+        "输入的尺寸 {sizes} 不满足编译时的条件 {guard}",
+        "The sizes {sizes} of the inputs do not meet what was assumed in compiling: {guard}",
     ),
 }
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
+import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -413,6 +417,170 @@ def fake_like(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
     mode = FakeTensorMode()
     return [mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in tensors]
+
+
+def trace_for_export(
+    module: torch.nn.Module, arguments: dict[str, Any], dynamic_shapes: dict[str, Any] | None
+) -> fx.GraphModule:
+    """A module's whole call as one graph of torch's functions, weights as attributes: what ``torch.export`` starts from.
+
+    Nodes keep the paths of the modules that they come from, and placeholders are the leaves of the arguments.
+    """
+    from torch.export._trace import _export_to_torch_ir
+
+    slot = vars(module).pop("_compiled_call_impl", None)
+    try:
+        return _export_to_torch_ir(module, (), arguments, dynamic_shapes, _log_export_usage=False)
+    finally:
+        if slot is not None:
+            module._compiled_call_impl = slot
+
+
+def aot_compile(gm: fx.GraphModule, options: dict[str, Any]) -> list[Any]:
+    """The files of a program that AOTInductor compiles of a rewritten graph; its weights stay outside of the library."""
+    from torch._inductor.compile_fx import compile_fx_aot
+    from torch.fx.experimental import _config
+    from torch.utils import _pytree as pytree
+
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for node in placeholders:
+        # where AOTInductor looks for the sizes
+        node.meta["val"] = node.meta["example_value"]
+    examples = [node.meta["val"] for node in placeholders]
+    outputs: Any = next(iter(reversed(gm.graph.nodes))).args[0]
+    shapes: Any = _config
+    # where either of two codes is right for all sizes, no size is assumed
+    with shapes.patch(backed_size_oblivious=True):
+        files: Any = compile_fx_aot(
+            gm,
+            examples,
+            config_patches={
+                **options,
+                "aot_inductor.package": True,
+                "aot_inductor.package_constants_in_so": False,
+                "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+                "aot_inductor.serialized_in_spec": pytree.treespec_dumps(pytree.tree_structure((tuple(examples), {}))),
+                "aot_inductor.serialized_out_spec": pytree.treespec_dumps(pytree.tree_structure(tuple(range(len(outputs))))),
+            },
+        )
+    return list(files)
+
+
+def write_package(path: Path, programs: dict[str, list[Any]], extra: dict[str, str]) -> None:
+    """One archive of compiled programs; weights that they share are in it once."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    package_pt2(str(path), aoti_files=programs, extra_files=extra)
+
+
+def load_programs(
+    path: Path, names: Sequence[str], archive: zipfile.ZipFile
+) -> tuple[list[Callable[[list[torch.Tensor]], list[torch.Tensor]]], list[torch.Tensor]]:
+    """The programs of an archive, and the weights that they share, which must be kept.
+
+    What ``load_pt2`` does, without importing torch's compiler, which takes seconds and is not needed to run.
+    """
+    from torch._C._aoti import AOTIModelPackageLoader
+
+    root = archive.namelist()[0].partition("/")[0]
+    weights: dict[str, torch.Tensor] = {}
+    programs = []
+    for name in names:
+        places = json.loads(archive.read(f"{root}/data/aotinductor/{name}/weights_config.json"))
+        for file, *_ in places.values():
+            if file not in weights:
+                # reading compares each record with its checksum
+                content = archive.read(f"{root}/data/weights/{file}")
+                weights[file] = torch.load(io.BytesIO(content), weights_only=True)
+        constants = {key: weights[file].as_strided(*place) for key, (file, *place) in places.items()}
+        loader: Any = AOTIModelPackageLoader(str(path), name, False, 1, -1)
+        loader.load_constants(constants, False, True, True, False)
+        programs.append(loader.boxed_run)
+    return programs, list(weights.values())
+
+
+def ranges_of(placeholders: Sequence[fx.Node]) -> dict[str, tuple[int, int | None]]:
+    """The smallest and the largest value of each symbol in the sizes of these graph inputs; None: no bound."""
+    env, symbols = _environment(placeholders)
+    found: dict[str, tuple[int, int | None]] = {}
+    for symbol in symbols:
+        allowed = env.var_to_range[symbol]
+        bounded = bool(allowed.upper.is_finite) and int(allowed.upper) < sys.maxsize - 1
+        found[str(symbol)] = int(allowed.lower), int(allowed.upper) if bounded else None
+    return found
+
+
+def guards_of(placeholders: Sequence[fx.Node]) -> list[Any]:
+    """What tracing and compiling assumed of these symbols, as expressions that must hold."""
+    env, symbols = _environment(placeholders)
+    if env is None:
+        return []
+    guards = [env.replace(guard.expr) for guard in env.guards]
+    return [guard for guard in guards if guard.free_symbols and guard.free_symbols <= set(symbols)]
+
+
+def _environment(placeholders: Sequence[fx.Node]) -> tuple[Any, list[Any]]:
+    sizes = [
+        size.node
+        for node in placeholders
+        for size in getattr(node.meta.get("example_value"), "shape", ())
+        if isinstance(size, torch.SymInt)
+    ]
+    symbols = {symbol for size in sizes for symbol in size.expr.free_symbols}
+    return (sizes[0].shape_env if sizes else None), sorted(symbols, key=str)
+
+
+def default_store() -> Any:
+    """The store at which the processes of ``torch.distributed`` met."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def time_limit() -> float:
+    """Seconds after which the default process group gives a wait up: what the user gave ``init_process_group``."""
+    from torch.distributed.distributed_c10d import _get_default_group
+
+    group: Any = _get_default_group()
+    for device in group._device_types:
+        timeout = getattr(group._get_backend(device).options, "_timeout", None)
+        if timeout is not None:
+            return float(timeout.total_seconds())
+    return 600.0
+
+
+def collective_groups(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The names of the process groups whose collectives a graph holds."""
+    found: dict[str, None] = {}
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            namespace = getattr(node.target, "namespace", None) or str(getattr(node.target, "_qualified_op_name", ""))
+            if str(namespace).startswith(("_c10d_functional", "c10d_functional")):
+                found.update({value: None for value in (*node.args, *node.kwargs.values()) if _is_group(value)})
+    return tuple(found)
+
+
+def is_distributed(value: object) -> bool:
+    """Whether a value is a ``DTensor``: one tensor over several processes."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(value, tensors.DTensor)
+
+
+def _is_group(value: object) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        group_named(value)
+    except (RuntimeError, ValueError, LookupError):
+        return False
+    return True
+
+
+def group_named(name: str) -> Any:
+    """The process group that functional collectives call by this name."""
+    from torch.distributed import distributed_c10d
+
+    return getattr(distributed_c10d, "_resolve_process_group")(name)  # noqa: B009
 
 
 _version = attrgetter("_version")

@@ -70,6 +70,7 @@ def test_defaults_are_those_of_the_table() -> None:
         "lowering": "auto",
         "inner": "inductor",
         "inner_options": None,
+        "group": "auto",
         "strict": False,
         "language": None,
     }
@@ -127,6 +128,8 @@ ACCEPTED: list[tuple[str, object, object]] = [
     ("inner", "eager", "eager"),
     ("inner", inner_compiler, inner_compiler),
     ("inner_options", {"max_autotune": True}, {"max_autotune": True}),
+    ("group", "world", "world"),
+    ("group", False, False),
     ("strict", True, True),
     ("language", "en", "en"),
     *[("forecast", forecast, forecast) for forecast in FORECASTS],
@@ -193,6 +196,9 @@ REFUSED: list[tuple[str, object, type[Exception]]] = [
     ("max_consecutive_hits", 0, ValueError),
     ("control_refresh", 0.0, ValueError),
     ("control_refresh", "auto", TypeError),
+    ("group", "mine", ValueError),
+    ("group", True, TypeError),
+    ("group", 0, TypeError),
     ("lowering", "whole", ValueError),
     ("inner", " ", ValueError),
     ("inner", "cache_dit", ValueError),
@@ -429,6 +435,7 @@ good_options = st.fixed_dictionaries(
         "lowering": st.sampled_from(module.LOWERINGS),
         "inner": st.sampled_from(["inductor", "aot_eager", "eager", "other", inner_compiler]),
         "inner_options": st.dictionaries(st.text(), st.integers()),
+        "group": st.sampled_from(["auto", "world", False]),
         "strict": st.booleans(),
         "language": st.sampled_from(["zh", "en"]),
     },
@@ -546,6 +553,7 @@ LEAVES_THE_PROGRAM: dict[str, object] = {
     "correction": False,
     "max_consecutive_hits": 2,
     "control_refresh": 0.5,
+    "group": "world",
     "language": "en",
 }
 

@@ -12,12 +12,13 @@ import importlib
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..runtime.program import time_names
+from ..runtime.ranks import FINDERS
 from ..torch_internals import original_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 
 LISTENER_NAME = "cache_dit"
 _REGISTRY = "_diffusers_hook"
+
+
+def context_parallel_ranks(module: torch.nn.Module) -> Collection[int]:
+    """The ranks among which diffusers splits the sequence of this model (``enable_parallelism``)."""
+    config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+    mesh = getattr(config, "_mesh", None)
+    return () if mesh is None else mesh.mesh.flatten().tolist()
+
+
+FINDERS.append(context_parallel_ranks)
 
 
 def is_pipeline(model: object) -> bool:

@@ -26,6 +26,17 @@ def lower_specialize(
 
 
 def _specialized(gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[..., Any], compute: bool) -> FlatCall:
+    graph, kept = specialized_graph(gm, compute=compute)
+    run = compile_inner(graph, [examples[i] for i in kept])
+    if len(kept) == 1:
+        only = kept[0]
+        return lambda flat: run(flat[only])
+    pick = itemgetter(*kept)
+    return lambda flat: run(*pick(flat))
+
+
+def specialized_graph(gm: fx.GraphModule, *, compute: bool) -> tuple[fx.GraphModule, list[int]]:
+    """The graph of one decision, and which of the inputs it still takes."""
     graph = copy_dynamo_graph(gm)
     folded = specialize_branch(graph, compute=compute)
     kept = _drop_unused_inputs(graph)
@@ -33,12 +44,7 @@ def _specialized(gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Cal
     graph.graph.lint()
     graph.recompile()
     record_rewrite("specialize_branch", folded, graph)
-    run = compile_inner(graph, [examples[i] for i in kept])
-    if len(kept) == 1:
-        only = kept[0]
-        return lambda flat: run(flat[only])
-    pick = itemgetter(*kept)
-    return lambda flat: run(*pick(flat))
+    return graph, kept
 
 
 def _drop_unused_inputs(gm: fx.GraphModule) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 
@@ -30,6 +30,8 @@ class Measurement:
     replaced: torch.Tensor
     before: tuple[Point, ...]
     target: Point
+    # where several ranks decide alike: waits for what all of them measured
+    agreed: Callable[[], list[float]] | None = None
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class ResidualStore:
     last_step: int = 0
     pending: Measurement | None = None
     change: torch.Tensor | None = None
+    agreed_change: Callable[[], list[float]] | None = None
     front_known: bool = False
     errors: dict[str, float] = field(default_factory=dict)
     controls: ControlMark | None = None
@@ -82,7 +85,7 @@ class ResidualStore:
         """Nothing stored is valid any more; the memory is kept."""
         self.points = ()
         self.pending = None
-        self.change = None
+        self.change = self.agreed_change = None
         self.front_known = False
         self.errors.clear()
         self.controls = None

@@ -21,6 +21,7 @@ from ..torch_internals import (
     uncompiled_call,
 )
 from .program import read_time, time_names
+from .ranks import find_members, gathers_by_hooks, is_parallel, tensor_ranks
 from .session import Capture, Session, active_session
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ class CachedCall:
         if active_session.get() is session:
             # the model calls itself, from code that Dynamo does not trace: a part of the call under way
             return self._function(*args, **kwargs)
+        if self._compiled is None:
+            # outside the lock: it may wait for other ranks
+            self.join_ranks()
         result: Any = None
         with session.lock:
             compiled = self._compiled
@@ -116,6 +120,17 @@ class CachedCall:
                 self._compiled = self._compile()
                 return result if result is not None else self._bracketed(*args, **kwargs)
         return result
+
+    def join_ranks(self) -> None:
+        """Find the processes that compute this model together, where there are several: when caching is turned on, or at the
+        first call where the model was sharded in between. Stages of a pipeline could not wait for each other in a call."""
+        session = self.session
+        if is_parallel() and session.ranks is None:
+            spread = bool(tensor_ranks(self._module))
+            session.join(find_members(self._module, session.options.group), "DTensor" if spread else "Tensor")
+            if gathers_by_hooks(self._module) and session.blocks_may_help:
+                # hooks that gather weights break every graph between the blocks
+                session.capture = self._capture = Capture.BLOCKS
 
     def _compile(self) -> Callable[..., Any]:
         """The model compiled in the way that the session says."""

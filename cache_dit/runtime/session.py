@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..errors import NoBlocksError
+from ..errors import CacheDitError, NoBlocksError
 from ..explanation import GraphReport
 from ..forecasts import FORECASTS, Point, choose_forecast, forecast_error
 from ..messages import SaidOnce, announce
@@ -27,6 +27,7 @@ from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .correction import FREE_BYTES, bytes_to_keep, correct, note_skipped, output_place
 from .program import Cacheable, UncachedGraph
+from .ranks import Ranks, find_members, measures
 from .signs import MAX_FORMER, Signs, Steady
 from .solvers import SOLVERS, SolverStep, TimeCheck, solver_steps
 from .timing import CallTimer
@@ -164,6 +165,12 @@ class Session:
         # whether there are blocks that could each cache its own part
         self.blocks_may_help = False
         self.observer: Observer | None = None
+        # the ranks that decide alike; None: this process by itself, or not known yet
+        self.ranks: Ranks | None = None
+        self._shares = False
+        self._touched: list[ResidualStore] = []
+        # whether what calls the model stands in its compile slot, which others may take
+        self.in_slot = True
         self._forward: Forward | None = None
         # by run, since the runs of named contexts may overlap: of each step the decision and the hits in a row up to it
         self._decisions: dict[int, dict[int, tuple[Decision, int]]] = {}
@@ -185,8 +192,22 @@ class Session:
 
     # ---- a call of the model -----------------------------------------------------------------------------------
 
+    def join(self, members: Sequence[int], kind: str = "") -> None:
+        """From now on decide alike with these ranks; all of them have to say so.
+
+        Raises:
+            CacheDitError: some have not come within the time limit, or have other options.
+        """
+        if self.ranks is not None or not members:
+            return
+        if self.options.control_refresh is not None:
+            raise CacheDitError(text("ranks_control", self.options.language))
+        self.ranks = Ranks(members, self.options, kind)
+        self._shares = measures(self.options)
+
     def begin(self) -> None:
         """A call of the model begins."""
+        self._touched.clear()
         self._forward = Forward(context_names.get().get(id(self)) or self.named_context)
         if self._forward.name is None and self.runs is not None:
             self._forward.name = self.runs.context()
@@ -199,6 +220,7 @@ class Session:
         self._forward = None
         if forward is None:
             return
+        self._share()
         counters.calls += 1
         self._several_graphs = forward.computed + forward.skipped + forward.uncached > 1
         hit = forward.skipped > 0
@@ -249,6 +271,7 @@ class Session:
     def abort(self) -> None:
         """A call ended in an exception: the run counts as ended. Nothing measured is read, the device may be lost."""
         self._forward = None
+        self._touched.clear()
         self.timer.discard()
         for context in self.contexts.values():
             context.forget()
@@ -291,7 +314,11 @@ class Session:
             self._forward.uncached += 1
 
     def _run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
-        self.cached_graphs.setdefault(graph)
+        if graph not in self.cached_graphs:
+            self.cached_graphs[graph] = None
+            if self.ranks is None:
+                option = self.options.group
+                self.join(find_members(None, option, graph.report.groups))
         forward = self._enter(graph)
         context = self._enter_step(forward, graph, args)
         assert forward.tick is not None
@@ -342,12 +369,34 @@ class Session:
                 store.points = store.points[:1]
         if store.front is not None:
             store.change = outputs[graph.outputs + 1] if store.front_known else None
+            store.agreed_change = None
             store.front_known = True
+        if self._shares:
+            self._touched.append(store)
+            if not self.owns_calls:
+                self._share()
         store.last_step = forward.tick.step
         results = outputs[: graph.outputs]
         if self._solver is not None and forward.tick.step <= len(self._solver):
             return self._corrected(self._solver, forward.tick, store, graph, args, point, before, results, skip)
         return results
+
+    def _share(self) -> None:
+        """Send what this call measured to the other ranks: one message, read when the next step is decided."""
+        if self.ranks is None or not self._touched:
+            return
+        stores = self._touched
+        pending = [store.pending for store in stores if store.pending is not None and store.pending.agreed is None]
+        changed = [store for store in stores if store.change is not None and store.agreed_change is None]
+        self._touched = []
+        measured = [*(each.values for each in pending), *(s.change for s in changed if s.change is not None)]
+        if not measured:
+            return
+        readers = self.ranks.share(measured)
+        for each, read in zip(pending, readers, strict=False):
+            each.agreed = read
+        for store, read in zip(changed, readers[len(pending) :], strict=True):
+            store.agreed_change = read
 
     def _corrected(
         self,
@@ -555,6 +604,8 @@ class Session:
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
                 raise
             self.counters.refuse("out_of_memory")
+            if self.ranks is not None:
+                raise CacheDitError(text("ranks_memory", self.options.language)) from error
             self.said.warn("out_of_memory")
             return None
         context.stores[key] = store
@@ -594,7 +645,7 @@ class Session:
         self._decisions[run] = {}
         self.counters.runs += 1
         # read, not drawn: the noise follows the user's seed and leaves the generator where it is
-        self._noise_seed = torch.initial_seed()
+        self._noise_seed = torch.initial_seed() if self.ranks is None else self.ranks.seed
         self._solver = self._solver_of_run()
         self._said_about_run()
 
@@ -635,8 +686,8 @@ class Session:
         """Advance the front clock by what the last step measured; a computed step starts it anew behind its change."""
         if store.change is None:
             return
-        moved, size = store.change.tolist()
-        store.change = None
+        moved, size = store.change.tolist() if store.agreed_change is None else store.agreed_change()
+        store.change = store.agreed_change = None
         context.last_increment = moved / size if size > 0.0 else 0.0
         if not store.points or store.points[0].step != step - 1:
             context.clock += context.last_increment
@@ -694,11 +745,15 @@ class Session:
         if pending is None:
             return
         store.pending = None
-        values = pending.values.tolist()
+        values = pending.values.tolist() if pending.agreed is None else pending.agreed()
         length = statistics_length(len(store.residuals[0]))
         parts = [values[i : i + length] for i in range(0, len(values), length)]
         if any(part[0] > 0 or part[1] != part[1] or part[1] == float("inf") for part in parts):
             self.counters.nonfinite += 1
+            if self.ranks is not None and not self._shares:
+                # to forget it would be a decision that the other ranks do not know of; its elements are stored as 0
+                self.said.warn("nonfinite")
+                return
             # dropped before anything is said: a warning may be an error to the user
             store.drop_newest(pending.replaced)
             self.said.warn("nonfinite")
@@ -873,9 +928,13 @@ class Session:
 
     def notes(self) -> tuple[str, ...]:
         """What else there is to say of how the model is cached."""
-        if self.capture is not Capture.BLOCKS:
-            return ()
-        return (text("explain_blockwise", self.options.language, breaks="; ".join(self._breaks()) or "-"),)
+        language, said = self.options.language, []
+        if self.capture is Capture.BLOCKS:
+            said.append(text("explain_blockwise", language, breaks="; ".join(self._breaks()) or "-"))
+        if self.ranks is not None:
+            count, sent = len(self.ranks.members), self.ranks.messages
+            said.append(text("explain_ranks", language, count=count, rank=self.ranks.rank, sent=sent))
+        return tuple(said)
 
     def trace_again(self) -> None:
         """The model is about to be traced anew: what is known of its graphs so far does not hold for it."""
