@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TREE := build/typecheck
 
-.PHONY: help install demo test lint typecheck pytest test-comfy coverage bench quality quality-full soak mutation clean
+.PHONY: help install demo test lint typecheck pytest test-slow test-comfy coverage bench quality quality-full soak mutation clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -46,7 +46,10 @@ typecheck: $(STAMP)  ## mypy --strict
 		--cache-dir ../../.mypy_cache -p cache_dit | sed -E 's#^cache_dit/(passes|comfy)/#\1/#'
 
 pytest: $(STAMP)  ## the tests, a file at a time on each of two cores; ARGS="-k name" picks some
-	$(BIN)/pytest -m 'not comfy' --durations=10 --numprocesses=2 --dist=loadfile $(ARGS)
+	$(BIN)/pytest -m 'not comfy and not slow' --durations=10 --numprocesses=2 --dist=loadfile $(ARGS)
+
+test-slow: $(STAMP)  ## what takes longer: several processes, artifacts, inductor, generated models
+	$(BIN)/pytest -m 'slow and not comfy' --durations=10 --numprocesses=2 --dist=loadfile $(ARGS)
 
 # Outside of the checkout: 2 GB that every checkout can share.
 COMFY ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cache_dit/comfy

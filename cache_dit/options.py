@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final
 
-from .passes import BranchOptions
 from .texts import LANGUAGES, text
 
 if TYPE_CHECKING:
     import torch
+
+    from .passes import BranchOptions
 
 STRATEGIES: Final = ("fixed", "dynamic", "adaptive")
 RULES: Final = ("front_clock", "teacache", "first_block", "sigma")
@@ -146,6 +147,9 @@ class ProgramOptions:
     @property
     def branch(self) -> BranchOptions:
         """What of these the cache branch is built from."""
+        # here, so that options can be checked without torch
+        from .passes import BranchOptions
+
         return BranchOptions(
             history=self.history,
             noise=self.noise,
@@ -382,6 +386,7 @@ def _accept_region(value: object) -> str | tuple[str, str]:
 def _accept_residual_dtype(value: object) -> torch.dtype:
     import torch
 
+
     if not isinstance(value, (str, torch.dtype)):
         raise TypeError
     for name in RESIDUAL_DTYPES:
@@ -393,6 +398,7 @@ def _accept_residual_dtype(value: object) -> torch.dtype:
 
 def _accept_residual_device(value: object) -> torch.device:
     import torch
+
 
     if isinstance(value, torch.device):
         device = value

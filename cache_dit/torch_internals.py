@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -22,10 +22,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree
 
 from .errors import CacheDitError
 from .texts import text
 
+# Nested arguments and results, flat and back.
+pytree = _pytree
 RECOMPILE_LIMIT = 64
 # Attributes that Dynamo sets on the module it hands to a backend, and that AOT autograd reads from it.
 _DYNAMO_ATTRIBUTES = ("meta", "_param_name_to_source", "compile_subgraph_reason", "_backend_id")
@@ -52,6 +55,13 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "torch.Tensor": ("_version",),
     "torch.ops.higher_order": ("cond",),
 }
+# The same for `export` and `load` alone.
+ARTIFACT_NAMES: dict[str, tuple[str, ...]] = {
+    "torch._C._aoti": ("AOTIModelPackageLoader",),
+    "torch.export._trace": ("_export_to_torch_ir",),
+    "torch.export.pt2_archive._package": ("package_pt2",),
+    "torch.utils._pytree": ("tree_flatten", "tree_flatten_with_path", "tree_unflatten", "treespec_dumps", "treespec_loads"),
+}
 # The slot of ``nn.Module.compile``, and where an ``OptimizedModule`` keeps its module.
 COMPILE_SLOT = "_compiled_call_impl"
 _ORIGINAL = "_orig_mod"
@@ -70,9 +80,9 @@ def check_internals() -> None:
         raise CacheDitError(text("torch_moved", None, version=torch.__version__, names=", ".join(gone), tested=tested))
 
 
-def missing_names() -> list[str]:
-    """Those of `PRIVATE_NAMES` that this torch does not have."""
-    return [f"{place}.{name}" for place, names in PRIVATE_NAMES.items() for name in names if not _has(place, name)]
+def missing_names(wanted: Mapping[str, tuple[str, ...]] = PRIVATE_NAMES) -> list[str]:
+    """Those of a list of private names that this torch does not have."""
+    return [f"{place}.{name}" for place, names in wanted.items() for name in names if not _has(place, name)]
 
 
 def _has(place: str, name: str) -> bool:
@@ -440,7 +450,6 @@ def aot_compile(gm: fx.GraphModule, options: dict[str, Any]) -> list[Any]:
     """The files of a program that AOTInductor compiles of a rewritten graph; its weights stay outside of the library."""
     from torch._inductor.compile_fx import compile_fx_aot
     from torch.fx.experimental import _config
-    from torch.utils import _pytree as pytree
 
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for node in placeholders:

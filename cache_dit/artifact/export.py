@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from .. import passes
 from ..backend import rewrite_graph
@@ -30,6 +29,7 @@ from ..torch_internals import (
     copy_dynamo_graph,
     guards_of,
     is_unbacked,
+    pytree,
     ranges_of,
     symbol_of,
     trace_for_export,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..errors import CacheDitError
 from ..explanation import GraphReport
@@ -24,7 +23,7 @@ from ..runtime.program import FlatCall, Programs, read_time
 from ..runtime.registry import model_name, register_module
 from ..runtime.session import Session
 from ..texts import text
-from ..torch_internals import load_programs, outside_inference_mode
+from ..torch_internals import load_programs, outside_inference_mode, pytree
 from . import manifest as manifests
 from .manifest import Input, Manifest
 from .sizes import Size, evaluate, is_linear, solve

