@@ -82,7 +82,8 @@ class AnyStack(nn.Module):
         return made if isinstance(made, tuple) else (made,)
 
     def after(self, state: State, t: Tensor) -> Tensor:
-        return self.head(state[0] + state[-1].mean(1, keepdim=True))
+        # multiplied, so that both streams leave the blocks by themselves and not as their sum
+        return self.head(state[0]) * torch.sigmoid(self.head(state[-1])).mean(1, keepdim=True)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         state, entered = self.before(x, t), []
@@ -110,9 +111,9 @@ names_of_events = [*["call"] * 8, "jump", "new_run", "weights", "batch", "fault"
 events = st.lists(st.sampled_from(names_of_events), min_size=6, max_size=24)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @given(kind=st.sampled_from(KINDS), depth=st.integers(0, 5), options=options, events=events)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_stack_gives_what_the_interpreter_gives(kind: str, depth: int, options: dict[str, Any], events: list[str]) -> None:
     # a block used twice has its two places counted as one name: skipped outputs are those of no simple interpreter
     front, back = options["front_blocks"], options["back_blocks"]
@@ -132,7 +133,8 @@ def test_any_stack_gives_what_the_interpreter_gives(kind: str, depth: int, optio
         interpreter = Interpreter(model, front, back, *rules)
         step, batch = 0, 2
         for n, event in enumerate(events):
-            if event == "jump":
+            # a timestep repeated by the second call of a run would be a second context
+            if event == "jump" and len(interpreter.times) > 1:
                 step = 0
             elif event == "new_run":
                 cache_dit.new_run(model)
