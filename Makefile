@@ -32,7 +32,7 @@ $(STAMP): $(BIN)/python pyproject.toml setup.cfg setup.py constraints.txt
 demo: $(STAMP)  ## run examples/demo.py
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: lint typecheck pytest  ## everything that has to pass
+test: lint typecheck pytest  ## ruff, mypy and the tests
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .
