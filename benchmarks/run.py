@@ -1,17 +1,20 @@
-"""Measure what caching costs where it does not hit, and how close a skipped step comes to what has to run anyway.
+"""Measure speed: what caching costs where it does not hit, how near a skipped step comes to what has to run anyway, and how
+long compiling takes, beside plain `torch.compile` and the peers.
 
-    python benchmarks/run.py                      # both models, all measures
-    python benchmarks/run.py --models demo --steps 20 --no-compile-times
+    make bench                                            the named part: the small subjects, one large one, depths, host time
+    make bench ARGS="--full"                              every subject, sizes compiled as dynamic too
+    make bench ARGS="--subjects flux-small --no-peers"    one subject, ours alone
+    make bench ARGS="--device cuda"                       on a GPU (peers included)
 
-Every measure is a ratio of medians over interleaved calls (A B C D A B C D …) in one process, so that a machine whose
-speed drifts disturbs all of them alike. Compile times are whole processes, each with a cache folder of its own (cold) and
-once more with the same folder (warm). Results go to out/bench as JSON and Markdown.
+Every variant is a process of its own, asked for a step in turn (A B C D A B C D …), so that a machine whose speed drifts
+disturbs all of them alike. First calls are timed one process after another, each with an empty cache folder (cold) and once
+more with the same folder (warm). Results go to out/bench: results.json, results.md and plots. It goes on where it was
+stopped; --fresh begins anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import platform
@@ -19,47 +22,69 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from subjects import SUBJECTS, Subject
+from processes import FOLDER, Worker, own_python, peers_python
+from speed_report import write_report
+from subjects import SUBJECTS
+from variants import VARIANTS
 
-import cache_dit
-
-NEVER = "1"
-ALWAYS = "11" + "0" * 100_000
+NAMED = ("demo", "flux-small", "wan-small", "qwen-small", "sd3-small", "flux-large")
+DEPTHS = (8, 16, 32, 64)
+DEEP_VARIANTS = ("plain", "specialize", "pieces", "DBCache")
 
 
 def main() -> None:
-    """Run the measures that the command line asks for."""
+    """Run the measures that the command line asks for, and write them after each."""
     arguments = _arguments()
-    torch.set_num_threads(arguments.threads)
-    if arguments.compile_only:
-        print(json.dumps(_compile_once(SUBJECTS[arguments.models[0]](), arguments.compile_only)))
-        return
-    results: dict[str, Any] = {"machine": _machine(arguments), "models": {}}
-    for name in arguments.models:
-        subject = SUBJECTS[name]()
-        print(f"\n{subject.name}", flush=True)
-        measured = _steps(subject, arguments)
-        if arguments.compile_times:
-            measured["compile"] = _compile_times(name, arguments)
-        results["models"][subject.name] = measured
-    _write(results, Path(arguments.out))
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.json"
+    results: dict[str, Any] = {"steps": {}, "compile": {}, "host": {}}
+    if file.exists() and not arguments.fresh:
+        results |= json.loads(file.read_text(encoding="utf-8"))
+    results["machine"] = _machine(arguments)
+    for key, names, options in _parts(arguments):
+        for name in names:
+            label = f"{name}{' dynamic' if '--dynamic' in options else ''}"
+            if label in results[key]:
+                print(f"{label}: measured before", flush=True)
+                continue
+            print(f"\n{label}", flush=True)
+            measure = {"steps": _steps, "compile": _compile, "host": _host}[key]
+            results[key][label] = measure(name, arguments, options, out / "processes.log")
+            file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_report(results, out)
+    print(f"\n{(out / 'results.md').read_text(encoding='utf-8')}\nwritten to {out}")
+
+
+def _parts(arguments: argparse.Namespace) -> list[tuple[str, list[str], list[str]]]:
+    subjects = arguments.subjects or list(SUBJECTS if arguments.full else NAMED)
+    parts: list[tuple[str, list[str], list[str]]] = [("host", ["demo"], []), ("steps", subjects, [])]
+    if arguments.full:
+        parts.append(("steps", [name for name in subjects if name != "demo"], ["--dynamic"]))
+    if arguments.depths:
+        parts.append(("compile", [f"flux-deep-{depth}" for depth in arguments.depths], []))
+    return parts
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
-    parser.add_argument("--steps", type=int, default=40, help="timed calls of each subject")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="plain and floor are always among them")
+    parser.add_argument("--full", action="store_true", help="every subject, and dynamic sizes")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="without the environment of the peers")
+    parser.add_argument("--depths", nargs="*", type=int, default=DEPTHS, help="numbers of blocks whose compilation is timed")
+    parser.add_argument("--rounds", type=int, default=56, help="timed steps of each variant, a multiple of the run's length")
+    parser.add_argument("--run-length", type=int, default=28)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--inner", default="inductor")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="out/bench")
-    parser.add_argument("--no-compile-times", dest="compile_times", action="store_false")
-    parser.add_argument("--compile-only", choices=["plain", "cached"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -67,140 +92,82 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "threads": arguments.threads,
         "torch": torch.__version__,
         "inner": arguments.inner,
-        "steps": arguments.steps,
+        "rounds": arguments.rounds,
+        "peers": (FOLDER / "peers.txt").read_text(encoding="utf-8").split()[-5] if arguments.peers else "none",
     }
 
 
-def _variants(subject: Subject, inner: str) -> dict[str, torch.nn.Module]:
-    """Copies of one model, each compiled in its own way."""
-    plain = copy.deepcopy(subject.model)
-    plain.compile(backend=inner)
-    floor = subject.floor()
-    floor.compile(backend=inner)
-    quiet = {"inner": inner, "noise_scale": 0.0}
-    options: dict[str, dict[str, Any]] = {
-        "never": {**quiet, "schedule": NEVER},
-        "reuse": {**quiet, "schedule": ALWAYS, "forecast": "reuse"},
-        "line": {**quiet, "schedule": ALWAYS, "forecast": "lagrange"},
-        "noisy": {"inner": inner, "schedule": ALWAYS},
-    }
-    cached = {name: cache_dit.enable_cache(copy.deepcopy(subject.model), **given) for name, given in options.items()}
-    return {"plain": plain, "floor": floor, **cached}
+def _options(arguments: argparse.Namespace) -> list[str]:
+    names = ("threads", "inner", "device", "run_length")
+    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
 
 
-def _steps(subject: Subject, arguments: argparse.Namespace) -> dict[str, Any]:
-    variants = _variants(subject, arguments.inner)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    with torch.no_grad():
-        for name, model in variants.items():
-            start = time.perf_counter()
-            for step in range(4):
-                model(**subject.inputs(step))
-            print(f"  {name}: compiled and warm after {time.perf_counter() - start:.1f} s", flush=True)
-        for step in range(4, 4 + arguments.steps):
-            for name, model in variants.items():
-                given = subject.inputs(step)
-                start = time.perf_counter()
-                model(**given)
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    _check_hits(variants, arguments.steps)
-    ratios = {
-        "never hitting / plain": medians["never"] / medians["plain"],
-        "skipped step (reuse) / floor": medians["reuse"] / medians["floor"],
-        "skipped step (line through 2) / floor": medians["line"] / medians["floor"],
-        "skipped step (defaults, with noise) / floor": medians["noisy"] / medians["floor"],
-        "skipped step (reuse) / plain": medians["reuse"] / medians["plain"],
-        "floor / plain": medians["floor"] / medians["plain"],
-    }
-    spread = {name: statistics.quantiles(values, n=10) for name, values in seconds.items()}
-    for name, value in medians.items():
-        low, high = spread[name][0], spread[name][-1]
-        print(f"  {name:8s} {value * 1e3:9.3f} ms  (10 % to 90 %: {low * 1e3:.3f} to {high * 1e3:.3f})")
-    for name, value in ratios.items():
-        print(f"  {name:45s} {value:6.3f}")
-    return {"median_seconds": medians, "ratios": ratios, "deciles": spread}
+def _chosen(arguments: argparse.Namespace) -> list[str]:
+    wanted = arguments.variants or list(VARIANTS)
+    return [
+        name
+        for name, variant in VARIANTS.items()
+        if name in ("plain", "floor") or (name in wanted and (arguments.peers or not variant.peer))
+    ]
 
 
-def _check_hits(variants: dict[str, torch.nn.Module], steps: int) -> None:
-    """A subject that did not do what its name says would make the table a lie."""
-    for name, model in variants.items():
-        if name in ("plain", "floor"):
-            continue
-        hits = cache_dit.get_stats(model).hits
-        wanted = 0 if name == "never" else steps
-        if (hits > 0) if name == "never" else (hits < wanted):
-            raise SystemExit(f"{name}: {hits} hits in {steps} timed calls\n{cache_dit.explain(model)}")
+def _python(variant: str) -> Path:
+    return peers_python() if VARIANTS[variant].peer else own_python()
 
 
-def _compile_once(subject: Subject, kind: str) -> dict[str, float]:
-    """Seconds of the first calls in this process: plain, or ours up to the first skipped step."""
-    model = subject.model
-    if kind == "plain":
-        model.compile()
-    else:
-        cache_dit.enable_cache(model, schedule="110")
-    start = time.perf_counter()
-    with torch.no_grad():
-        for step in range(3):
-            model(**subject.inputs(step))
-    return {"seconds": time.perf_counter() - start}
-
-
-def _compile_times(name: str, arguments: argparse.Namespace) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for kind in ("plain", "cached"):
-        with tempfile.TemporaryDirectory() as folder:
-            for state in ("cold", "warm"):
-                found[f"{kind} {state}"] = _in_fresh_process(name, kind, folder, arguments)
-                print(f"  compile {kind} {state}: {found[f'{kind} {state}']:.1f} s", flush=True)
-    found["cached / plain, cold"] = found["cached cold"] / found["plain cold"]
-    found["cached / plain, warm"] = found["cached warm"] / found["plain warm"]
+def _steps(subject: str, arguments: argparse.Namespace, options: list[str], log: Path) -> dict[str, Any]:
+    """Every variant's first calls, steps in turns, and facts."""
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for name in _chosen(arguments):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            worker = stack.enter_context(Worker(subject, name, _python(name), folder, [*_options(arguments), *options], log))
+            found[name] = dict(worker.first)
+            if "failed" in worker.first:
+                print(f"  {name}: {worker.first['failed']}", flush=True)
+                continue
+            workers[name] = worker
+            print(f"  {name}: first calls {sum(worker.first['first_calls']):.1f} s", flush=True)
+        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+        for number in range(arguments.rounds + 2):
+            for name, worker in workers.items():
+                answer = worker.ask({"step": number})
+                if number >= 2:
+                    seconds[name].append(answer)
+        for name, worker in workers.items():
+            found[name] |= {"steps": seconds[name], **worker.ask({"facts": True})}
+            print(f"  {name}: {statistics.median(each['seconds'] for each in seconds[name]) * 1e3:.2f} ms", flush=True)
     return found
 
 
-def _in_fresh_process(name: str, kind: str, folder: str, arguments: argparse.Namespace) -> float:
-    command = [sys.executable, __file__, "--models", name, "--compile-only", kind, "--threads", str(arguments.threads)]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
+def _compile(subject: str, arguments: argparse.Namespace, options: list[str], log: Path) -> dict[str, Any]:
+    """First calls with an empty cache folder and in a second process with the same one."""
+    found: dict[str, Any] = {}
+    for name in DEEP_VARIANTS:
+        if VARIANTS[name].peer and not arguments.peers:
+            continue
+        found[name] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for state in ("cold", "warm"):
+                with Worker(subject, name, _python(name), folder, [*_options(arguments), *options], log) as worker:
+                    found[name][state] = worker.first
+                told = worker.first.get("failed") or f"{sum(worker.first['first_calls']):.1f} s"
+                print(f"  {name}, {state}: {told}", flush=True)
+    return found
 
 
-def _write(results: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    table = _markdown(results)
-    (folder / "results.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}\nwritten to {folder}")
-
-
-def _markdown(results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    lines = [
-        f"torch {machine['torch']}, {machine['cpus']} CPUs, {machine['threads']} threads, inner compiler "
-        f"{machine['inner']}, medians of {machine['steps']} interleaved calls",
-        "",
-        "| measure | " + " | ".join(results["models"]) + " |",
-        "|---|" + "---|" * len(results["models"]),
-    ]
-    for title, read in _rows(next(iter(results["models"].values()))):
-        lines.append(f"| {title} | " + " | ".join(read(model) for model in results["models"].values()) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _rows(example: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
-    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = []
-    for name in example["median_seconds"]:
-        rows.append((f"{name}, ms", lambda model, name=name: f"{model['median_seconds'][name] * 1e3:.2f}"))
-    for name in example["ratios"]:
-        rows.append((name, lambda model, name=name: f"{model['ratios'][name]:.3f}"))
-    for name in example.get("compile", {}):
-        unit = "" if "/" in name else " s"
-        rows.append((f"compile: {name}", lambda model, name=name, unit=unit: f"{model['compile'][name]:.2f}{unit}"))
-    return rows
+def _host(subject: str, arguments: argparse.Namespace, options: list[str], log: Path) -> dict[str, Any]:
+    """What our runtime adds to a call, in a process of its own."""
+    command = [sys.executable, str(FOLDER / "host_time.py"), subject]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {found}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

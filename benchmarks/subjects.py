@@ -1,4 +1,7 @@
-"""The models that are measured, with inputs for every step, and the part of each that a skipped step still has to run."""
+"""The models that are measured, with inputs for every step, and the part of each that a skipped step still has to run.
+
+Nothing but torch and diffusers is imported here: the peers' environments run it too.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +17,49 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
+Inputs = Callable[[int], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Subject:
-    """One model: a function from the step (0, 1, …) to keyword arguments, and a function that makes its floor.
+    """One model: a function from the step (0, 1, …) to keyword arguments, and the lists of its blocks in their order.
 
-    The floor is a model of the front blocks and the head alone: what a skipped step cannot avoid.
+    `grown` says how the sizes of a second shape are had: inputs of more tokens, for models compiled for any size.
     """
 
-    name: str
+    title: str
     model: torch.nn.Module
-    inputs: Callable[[int], dict[str, Any]]
-    floor: Callable[[], torch.nn.Module]
+    inputs: Inputs
+    lists: tuple[str, ...]
+    grown: Inputs | None = None
+
+    def floor(self) -> torch.nn.Module:
+        """The model with its first block and its head alone: what a skipped step cannot avoid."""
+        held = {name: getattr(self.model, name) for name in self.lists}
+        for name in self.lists:
+            setattr(self.model, name, torch.nn.ModuleList())
+        small = copy.deepcopy(self.model)
+        for name, blocks in held.items():
+            setattr(self.model, name, blocks)
+        setattr(small, self.lists[0], copy.deepcopy(held[self.lists[0]][:1]))
+        return small
 
 
 def demo_model() -> Subject:
-    """The trained digit model of the demo (12 blocks), 20 samples of 64 tokens."""
+    """The trained digit model of the demo, 20 samples of 64 tokens."""
     from demo_model import IMAGE_SIZE, load_model
 
-    model = load_model()
-    noise = torch.randn(20, 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(20) % 10
+    def inputs(step: int, samples: int = 20) -> dict[str, Any]:
+        noise = torch.randn(samples, 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+        time = torch.full((samples,), 1000.0 - step)
+        return {"hidden_states": noise, "timestep": time, "class_labels": torch.arange(samples) % 10, "return_dict": False}
 
-    def inputs(step: int) -> dict[str, Any]:
-        return {"hidden_states": noise, "timestep": torch.full((20,), 1000.0 - step), "class_labels": labels}
-
-    def floor() -> torch.nn.Module:
-        small = copy.deepcopy(model)
-        small.transformer_blocks = small.transformer_blocks[:1]
-        return small
-
-    return Subject("demo (12 blocks, dim 96, 20 x 64 tokens)", model, inputs, floor)
+    title = "demo (12 blocks, dim 96, 20 x 64 tokens)"
+    return Subject(title, load_model(), inputs, ("transformer_blocks",), partial(inputs, samples=24))
 
 
-def flux_shaped(double: int = 4, single: int = 8, heads: int = 6, side: int = 16, text: int = 64) -> Subject:
-    """A random model with Flux's structure: joint blocks, then single-stream blocks."""
+def flux_shaped(double: int, single: int, heads: int, side: int, text: int = 64) -> Subject:
+    """A random model with Flux's structure: joint blocks, then single-stream blocks. ``side``: of the square latent."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
@@ -63,32 +75,158 @@ def flux_shaped(double: int = 4, single: int = 8, heads: int = 6, side: int = 16
         axes_dims_rope=[16, 24, 24],
         guidance_embeds=True,
     )
-    model.eval().requires_grad_(False)
-    ids = torch.zeros(side, side, 3)
-    ids[..., 1] += torch.arange(side)[:, None]
-    ids[..., 2] += torch.arange(side)[None]
+
+    def inputs(step: int, side: int = side) -> dict[str, Any]:
+        ids = torch.zeros(side, side, 3)
+        ids[..., 1] += torch.arange(side)[:, None]
+        ids[..., 2] += torch.arange(side)[None]
+        draw = _draws()
+        return {
+            "hidden_states": draw(1, side * side, 16),
+            "encoder_hidden_states": draw(1, text, 128),
+            "pooled_projections": draw(1, 64),
+            "img_ids": ids.reshape(-1, 3),
+            "txt_ids": torch.zeros(text, 3),
+            "guidance": torch.tensor([3.5]),
+            "timestep": _sigma(step),
+            "return_dict": False,
+        }
+
+    title = f"Flux-shaped ({double} + {single} blocks, dim {64 * heads}, {side * side} + {text} tokens)"
+    return Subject(
+        title, _ready(model), inputs, ("transformer_blocks", "single_transformer_blocks"), partial(inputs, side=side + 4)
+    )
+
+
+def wan_shaped(depth: int, heads: int, side: int, frames: int, text: int = 64) -> Subject:
+    """A random model with Wan's structure: self- and cross-attention over a video."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=heads,
+        attention_head_dim=64,
+        in_channels=16,
+        out_channels=16,
+        text_dim=128,
+        freq_dim=64,
+        ffn_dim=256 * heads,
+        num_layers=depth,
+        rope_max_seq_len=128,
+    )
+
+    def inputs(step: int, side: int = side) -> dict[str, Any]:
+        draw = _draws()
+        return {
+            "hidden_states": draw(1, 16, frames, side, side),
+            "encoder_hidden_states": draw(1, text, 128),
+            "timestep": _thousands(step),
+            "return_dict": False,
+        }
+
+    title = f"Wan-shaped ({depth} blocks, dim {64 * heads}, {frames * side * side // 4} tokens)"
+    return Subject(title, _ready(model), inputs, ("blocks",), partial(inputs, side=side + 4))
+
+
+def qwen_shaped(depth: int, heads: int, side: int, text: int = 64) -> Subject:
+    """A random model with Qwen-Image's structure: joint blocks of two streams."""
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=depth,
+        attention_head_dim=64,
+        num_attention_heads=heads,
+        joint_attention_dim=128,
+        axes_dims_rope=(16, 24, 24),
+    )
+
+    def inputs(step: int, side: int = side) -> dict[str, Any]:
+        draw = _draws()
+        return {
+            "hidden_states": draw(1, side * side, 64),
+            "encoder_hidden_states": draw(1, text, 128),
+            "encoder_hidden_states_mask": torch.ones(1, text, dtype=torch.int64),
+            "timestep": _sigma(step),
+            "img_shapes": [(1, side, side)],
+            "return_dict": False,
+        }
+
+    title = f"Qwen-Image-shaped ({depth} blocks, dim {64 * heads}, {side * side} + {text} tokens)"
+    return Subject(title, _ready(model), inputs, ("transformer_blocks",), partial(inputs, side=side + 4))
+
+
+def sd3_shaped(depth: int, heads: int, side: int, text: int = 64) -> Subject:
+    """A random model with Stable Diffusion 3's structure: joint blocks, the last one without a text stream."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=64,
+        patch_size=2,
+        in_channels=16,
+        num_layers=depth,
+        attention_head_dim=64,
+        num_attention_heads=heads,
+        caption_projection_dim=64 * heads,
+        joint_attention_dim=128,
+        pooled_projection_dim=64,
+        out_channels=16,
+        pos_embed_max_size=64,
+    )
+
+    def inputs(step: int, side: int = side) -> dict[str, Any]:
+        draw = _draws()
+        return {
+            "hidden_states": draw(1, 16, 2 * side, 2 * side),
+            "encoder_hidden_states": draw(1, text, 128),
+            "pooled_projections": draw(1, 64),
+            "timestep": _thousands(step),
+            "return_dict": False,
+        }
+
+    title = f"SD3-shaped ({depth} blocks, dim {64 * heads}, {side * side} + {text} tokens)"
+    return Subject(title, _ready(model), inputs, ("transformer_blocks",), partial(inputs, side=side + 4))
+
+
+def _ready(model: torch.nn.Module) -> torch.nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+def _draws() -> Callable[..., torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    fixed = {
-        "hidden_states": torch.randn(1, side * side, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(1, text, 128, generator=generator),
-        "pooled_projections": torch.randn(1, 64, generator=generator),
-        "img_ids": ids.reshape(-1, 3),
-        "txt_ids": torch.zeros(text, 3),
-        "guidance": torch.tensor([3.5]),
-        "return_dict": False,
-    }
-
-    def inputs(step: int) -> dict[str, Any]:
-        return {**fixed, "timestep": torch.tensor([1.0 - step / 1000.0])}
-
-    def floor() -> torch.nn.Module:
-        small = copy.deepcopy(model)
-        small.transformer_blocks = small.transformer_blocks[:1]
-        small.single_transformer_blocks = torch.nn.ModuleList()
-        return small
-
-    name = f"Flux-shaped ({double} + {single} blocks, dim {64 * heads}, {side * side} + {text} tokens)"
-    return Subject(name, model, inputs, floor)
+    return lambda *shape: torch.randn(*shape, generator=generator)
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"demo": demo_model, "flux": flux_shaped}
+def _sigma(step: int) -> torch.Tensor:
+    return torch.tensor([1.0 - step / 1000.0])
+
+
+def _thousands(step: int) -> torch.Tensor:
+    return torch.tensor([1000.0 - step])
+
+
+# small: calls and guards weigh; large: arithmetic does
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "demo": demo_model,
+    "flux-small": partial(flux_shaped, 2, 4, heads=2, side=8),
+    "wan-small": partial(wan_shaped, 6, heads=2, side=8, frames=3),
+    "qwen-small": partial(qwen_shaped, 6, heads=2, side=8),
+    "sd3-small": partial(sd3_shaped, 6, heads=2, side=8),
+    "flux-large": partial(flux_shaped, 4, 8, heads=8, side=24),
+    "wan-large": partial(wan_shaped, 12, heads=8, side=24, frames=4),
+    "qwen-large": partial(qwen_shaped, 12, heads=8, side=24),
+    "sd3-large": partial(sd3_shaped, 12, heads=8, side=24),
+}
+
+
+def subject(name: str) -> Subject:
+    """A subject by name; ``flux-deep-N``: N small Flux-shaped blocks, one of four of two streams."""
+    if name.startswith("flux-deep-"):
+        depth = int(name.rpartition("-")[2])
+        return flux_shaped(depth // 4, depth - depth // 4, heads=2, side=8)
+    return SUBJECTS[name]()

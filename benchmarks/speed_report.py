@@ -1,0 +1,170 @@
+"""Tables and plots of what `run.py` measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from subjects import SUBJECTS, subject
+
+# a step whose result is farther from the eager model's is a skipped one; rounding stays far below
+SKIPPED = 1e-4
+Found = Mapping[str, Any]
+
+
+def marks(found: Found) -> str:
+    """What the compared steps did, as 1 (computed) and 0 (skipped), read off their results."""
+    return "".join("0" if error > SKIPPED else "1" for error in found["errors"])
+
+
+def medians(found: Found) -> dict[str, float]:
+    """Median seconds of computed and of skipped steps, where the marks tell which is which, and of all."""
+    values = {"all": statistics.fmean(each["seconds"] for each in found["steps"])}
+    seen = marks(found)
+    if set(seen) == {"1"}:
+        kinds = {"computed": [each["seconds"] for each in found["steps"]]}
+    elif seen == "10" * (len(seen) // 2):
+        kinds = {
+            "computed": [each["seconds"] for each in found["steps"] if each["place"] % 2 == 0],
+            "skipped": [each["seconds"] for each in found["steps"] if each["place"] % 2 == 1],
+        }
+    elif seen == "1" + "0" * (len(seen) - 1):
+        kinds = {"skipped": [each["seconds"] for each in found["steps"]]}
+    else:
+        kinds = {}
+    return values | {kind: statistics.median(seconds) for kind, seconds in kinds.items()}
+
+
+def spread(found: Found) -> str:
+    """The first and the last decile of all steps of the more frequent kind, in milliseconds."""
+    seconds = sorted(each["seconds"] for each in found["steps"] if len(set(marks(found))) == 1 or each["place"] % 2 == 0)
+    deciles = statistics.quantiles(seconds, n=10)
+    return f"{deciles[0] * 1e3:.2f} to {deciles[-1] * 1e3:.2f}"
+
+
+def _ratio(value: float | None, by: float | None) -> str:
+    return "–" if value is None or by is None else f"{value / by:.3f}"
+
+
+def steps_table(measured: Mapping[str, Found]) -> list[str]:
+    """One row a variant."""
+    plain = medians(measured["plain"])["computed"]
+    # what must run also runs where blocks are left out: its own results differ from the model's
+    floor = statistics.median(each["seconds"] for each in measured["floor"]["steps"])
+    lines = [
+        "| variant | graphs / breaks | steps | computed / plain | skipped / plain | skipped / floor | saved of what could be"
+        " | computed ms (10 % to 90 %) | first calls, cold | kept, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in measured.items():
+        if "failed" in found:
+            lines.append(f"| {name} | does not run: {found['failed'][:160]} |" + " |" * 8)
+            continue
+        if name == "floor":
+            cells = ["", "", f"{floor / plain:.3f}", "1.000", "", f"{floor * 1e3:.2f}"]
+        else:
+            own = medians(found)
+            computed, skipped = own.get("computed"), own.get("skipped")
+            ideal = None
+            if computed is not None and skipped is not None:
+                ideal = f"{(plain + floor) / (computed + skipped):.3f}"
+            cells = [
+                marks(found),
+                _ratio(computed, plain),
+                _ratio(skipped, plain),
+                _ratio(skipped, floor),
+                ideal or "–",
+                f"{computed * 1e3:.2f} ({spread(found)})" if computed is not None else f"all {own['all'] * 1e3:.2f}",
+            ]
+        kept = f"{found['cached_bytes'] / 1e6:.2f}" if "cached_bytes" in found else ""
+        first = f"{sum(found['first_calls']):.1f} s"
+        lines.append(f"| {name} | {found['graphs']} / {found['breaks']} | " + " | ".join([*cells, first, kept]) + " |")
+    return lines
+
+
+def compile_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
+    """One row a depth and state, one column a variant: seconds, and the ratio to plain."""
+    names = list(next(iter(measured.values())))
+    lines = ["| blocks | state | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for label, found in measured.items():
+        for state in ("cold", "warm"):
+            plain = sum(found["plain"][state]["first_calls"])
+            cells = []
+            for name in names:
+                first = found[name][state]
+                total = sum(first["first_calls"]) if "first_calls" in first else None
+                cells.append("does not run" if total is None else f"{total:.1f} s ({total / plain:.2f})")
+            lines.append(f"| {label.rpartition('-')[2]} | {state} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def write_report(results: Mapping[str, Any], out: Path) -> None:
+    """results.md and the plots into a folder."""
+    machine = results["machine"]
+    lines = [
+        f"{machine['platform']}, {machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads, torch "
+        f"{machine['torch']}, inner compiler {machine['inner']}; peers: {machine['peers']}. Medians of {machine['rounds']} "
+        "steps in turns.",
+        "",
+    ]
+    for label, measured in results["steps"].items():
+        dynamic = ", sizes dynamic" if label.endswith("dynamic") else ""
+        lines += [f"### {subject(label.split()[0]).title}{dynamic}", "", *steps_table(measured), ""]
+        plot_run(measured, out / f"run-{label.replace(' ', '-')}.png", label)
+    if results["compile"]:
+        lines += ["### Seconds of the first three calls, by number of blocks (ratio to plain)", ""]
+        lines += [*compile_table(results["compile"]), ""]
+        plot_depth(results["compile"], out / "compile-depth.png")
+    for label, measured in results["host"].items():
+        added = ", ".join(f"{name} {value:.0f} µs" for name, value in measured.items() if name.endswith("adds"))
+        title = SUBJECTS[label]().title
+        lines += [f"### Host time a call, without kernels: {title}", "", f"plain {measured['plain']:.0f} µs; {added}", ""]
+    (out / "results.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def plot_run(measured: Mapping[str, Found], file: Path, title: str) -> None:
+    """Milliseconds of each step along a run, one line a variant that skips or is a measure."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    shown = ("plain", "floor", "specialize", "pieces", "adaptive", "diffusers TaylorSeerCache", "DBCache")
+    for name in shown:
+        found = measured.get(name, {})
+        if "steps" not in found:
+            continue
+        places = sorted({each["place"] for each in found["steps"]})
+        values = [statistics.median(e["seconds"] for e in found["steps"] if e["place"] == place) * 1e3 for place in places]
+        axes.plot(places, values, marker="o", markersize=3, linewidth=1, label=name)
+    axes.set(xlabel="step of the run", ylabel="milliseconds", title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, file)
+
+
+def plot_depth(measured: Mapping[str, Mapping[str, Found]], file: Path) -> None:
+    """Seconds of the first calls over the number of blocks, cold and warm."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharex=True)
+    depths = [int(label.rpartition("-")[2]) for label in measured]
+    for axes, state in zip(panels, ("cold", "warm"), strict=True):
+        for name in next(iter(measured.values())):
+            values: Sequence[float] = [
+                sum(found[name][state].get("first_calls", [float("nan")])) for found in measured.values()
+            ]
+            axes.plot(depths, values, marker="o", label=name)
+        axes.set(xlabel="blocks", ylabel="seconds of the first three calls", title=state)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    _save(figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
