@@ -20,6 +20,7 @@ from ..passes.insert_cache_branch import CacheInputs
 from ..passes.residual_math import statistics_length
 from ..runtime.buffers import Dynamic, Sizes
 from ..runtime.program import FlatCall, Programs, read_time
+from ..runtime.ranks import find_members, is_parallel
 from ..runtime.registry import model_name, register_module
 from ..runtime.session import Session
 from ..texts import text
@@ -158,10 +159,13 @@ class Artifact(torch.nn.Module):
 
         Raises:
             TypeError, ValueError: arguments that the programs were not made for.
-            CacheDitError: gradients are asked for.
+            CacheDitError: gradients are asked for; or another rank of its ``group`` did not come or has other options.
         """
         session = self._session
         tensors = self._graph.bind(args, kwargs, session.options.language)
+        if session.ranks is None and is_parallel():
+            # outside the lock: it waits for the other ranks
+            session.join(find_members(self, session.options.group), "artifact")
         with session.lock, torch.no_grad():
             if not session.enabled:
                 results = self._graph.plain(tensors)

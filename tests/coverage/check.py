@@ -72,7 +72,8 @@ class Report:
 def check(tiny: TinyModel, *, whole: bool = True) -> Report:
     """Run a tiny model plain and cached, and compare every step.
 
-    ``whole=False`` saves the second compilation (plain counts and replayed graph) where there is an eager reference.
+    ``whole=False`` saves the second compilation (plain counts and replayed graph) where there is an eager reference, and the
+    batches of several sizes.
     """
     start = perf_counter()
     model = tiny.build()
@@ -90,6 +91,8 @@ def check(tiny: TinyModel, *, whole: bool = True) -> Report:
         second = _run(model, tiny)
         graphs, breaks = _compiled()
         stats, explanation = cache_dit.get_stats(model), cache_dit.explain(model)
+        # the sizes become dynamic in the model that is compiled already
+        varied = (("batches", _verdict(tiny, VARIATIONS["batches"], model)),) if whole and hits < stats.hits else ()
         cache_dit.disable_cache(model)
         untouched = _same_state(state, model) and torch.equal(random_state, torch.get_rng_state())
         regions = _regions(explanation)
@@ -142,6 +145,7 @@ def check(tiny: TinyModel, *, whole: bool = True) -> Report:
         effect=effect,
         reason="" if cached else _reason(explanation, regions if not holds_main else []),
         wrong=tuple(wrong),
+        variations=varied,
         seconds=perf_counter() - start,
         **_found(regions),
     )
@@ -371,34 +375,44 @@ VARIATIONS = {
 
 
 def check_variation(tiny: TinyModel, name: str) -> str:
-    """``'yes'``, ``'not run: …'`` where the model itself does not run so, ``'no: …'`` or ``'WRONG: …'``."""
+    """A model of its own, cached and run in another way (see `_verdict`)."""
     variation = VARIATIONS[name]
     with torch.no_grad():
-        try:
-            model = tiny.build().to(variation.dtype)
-            plain = [[tensors_of(model(**inputs)) for inputs in _varied(tiny, variation, batch)] for batch in variation.batches]
-        except Exception as raised:
-            return f"not run: the model itself raises {type(raised).__name__}"
         _reset()
+        model = tiny.build().to(variation.dtype)
         cache_dit.enable_cache(model, **{**OPTIONS, "inner": variation.inner})
-        hits = []
-        for batch in (variation.batches[0], *variation.batches):
-            if tiny.time is None:
-                cache_dit.new_run(model, num_steps=len(SCHEDULE))
-            made = [tensors_of(model(**inputs)) for inputs in _varied(tiny, variation, batch)]
-            hits.append((cache_dit.get_stats(model).hits, made))
-        regions = _regions(cache_dit.explain(model))
+        verdict = _verdict(tiny, variation, model)
         cache_dit.disable_cache(model)
-        verdict = "yes"
-        for (before, _), (after, made), wanted, batch in zip(hits, hits[1:], plain, variation.batches, strict=False):
-            if after - before != HITS:
-                verdict = f"no: {after - before} hits"
-            skipped = _bypass(model, regions, lambda batch=batch: _varied(tiny, variation, batch)) if tiny.streams else None
-            for i, mark in enumerate(SCHEDULE):
-                right = wanted[i] if mark == "1" or after == before else skipped[i] if skipped is not None else None
-                if right is not None and error(made[i], right) > variation.rounding:
-                    return f"WRONG: step {i + 1} of batch {batch} is {error(made[i], right):.0e} off"
     _reset()
+    return verdict
+
+
+def _verdict(tiny: TinyModel, variation: Variation, model: nn.Module) -> str:
+    """``'yes'``, ``'not run: …'`` where the model itself does not run so, ``'no: …'`` or ``'WRONG: …'``."""
+    try:
+        plain_model = tiny.build().to(variation.dtype)
+        plain = [
+            [tensors_of(plain_model(**inputs)) for inputs in _varied(tiny, variation, batch)] for batch in variation.batches
+        ]
+    except Exception as raised:
+        return f"not run: the model itself raises {type(raised).__name__}"
+    hits = []
+    # twice the first: steps may go to finding a way to trace the model
+    for batch in (variation.batches[0], *variation.batches):
+        if tiny.time is None:
+            cache_dit.new_run(model, num_steps=len(SCHEDULE))
+        made = [tensors_of(model(**inputs)) for inputs in _varied(tiny, variation, batch)]
+        hits.append((cache_dit.get_stats(model).hits, made))
+    regions = _regions(cache_dit.explain(model))
+    verdict = "yes"
+    for (before, _), (after, made), wanted, batch in zip(hits, hits[1:], plain, variation.batches, strict=False):
+        if after - before != HITS:
+            verdict = f"no: {after - before} hits"
+        skipped = _bypass(plain_model, regions, lambda batch=batch: _varied(tiny, variation, batch)) if tiny.streams else None
+        for i, mark in enumerate(SCHEDULE):
+            right = wanted[i] if mark == "1" or after == before else skipped[i] if skipped is not None else None
+            if right is not None and error(made[i], right) > variation.rounding:
+                return f"WRONG: step {i + 1} of batch {batch} is {error(made[i], right):.0e} off"
     return verdict
 
 

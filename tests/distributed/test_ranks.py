@@ -76,6 +76,7 @@ TWO = (
     "sequence_parallel",
     "context_parallel",
     "guidance_over_two",
+    "artifact",
     "pipeline_stages",
     "distributed_activations",
     "different_options",
@@ -87,6 +88,7 @@ FOUR = ("one_decision", "own_group", "fsdp", "sequence_parallel")
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     folder = tmp_path_factory.mktemp("two")
+    launch(folder, 1, PATIENT, ("export",))
     launch(folder, 2, PATIENT, TWO)
     yield Seen(folder, 2)
 
@@ -134,6 +136,14 @@ def test_one_decision_for_different_pictures(seen: Seen) -> None:
         assert each["messages"] <= len(each["mask"])
         assert f"decides alike with {seen.world} ranks" in each["notes"]
     assert len({each["effect"] for each in found}) == seen.world
+
+
+def test_loaded_artifacts_decide_alike(two: Seen) -> None:
+    found = two["artifact"]
+    agree(found, [0, 1])
+    for each in found:
+        # another compiler rounds otherwise
+        assert each["apart"] < 1e-4 and each["effect"] > 0.01
 
 
 def test_groups_decide_apart_from_each_other(four: Seen) -> None:

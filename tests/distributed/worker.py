@@ -395,6 +395,22 @@ def guided_alone(parts: list[Any], x: Tensor, t: Tensor) -> Tensor:
     return negative + 2.0 * (positive - negative)
 
 
+def export(rank: int) -> dict[str, Any]:
+    """Write the file that `artifact` loads; in a launch before it, since compiling takes longer than ranks may wait."""
+    with torch.no_grad():
+        given = noise(), torch.ones(len(noise()))
+        path = cache_dit.export(new_model(), given, Path(sys.argv[1]) / "model.pt2", **{**ADAPTIVE, "inner": "inductor"})
+    return {"bytes": path.stat().st_size}
+
+
+def artifact(rank: int) -> dict[str, Any]:
+    """A compiled file loaded by each rank: different pictures, one decision."""
+    path = Path(sys.argv[1]) / "model.pt2"
+    model, x = cache_dit.load(path, group="world"), noise(rank) * (1 + rank)
+    masks = Masks(model)
+    return seen(model, x, denoise(model, x), masks)
+
+
 def pipeline_stages(rank: int) -> dict[str, Any]:
     """Half of the blocks on each rank: each stage caches its own part at the same steps."""
 
