@@ -1,0 +1,100 @@
+"""torch's caches on disk: our programs are found there again, and never the program of another option."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cache_dit
+
+from . import models
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+BASE: dict[str, Any] = {
+    "strategy": "fixed",
+    "skip_interval": 2,
+    "warmup_steps": 2,
+    "forecast": "reuse",
+    "noise_scale": 0.0,
+    "correction": False,
+    "language": "en",
+}
+# one for each field of `ProgramOptions` that the compiled programs depend on
+OTHERS: dict[str, dict[str, Any]] = {
+    "front_blocks": {"front_blocks": 2},
+    "back_blocks": {"back_blocks": 1},
+    "residual_dtype": {"residual_dtype": "bfloat16"},
+    "region": {"region": ("blocks.2", "blocks.3")},
+    "history": {"forecast": "lagrange", "order": 2},
+    "noise": {"noise_scale": 0.01},
+    "front_clock": {"strategy": "adaptive", "tolerance": 0.5},
+    "inner_options": {"inner_options": {"epilogue_fusion": False}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    yield
+    torch._dynamo.reset()
+
+
+def run(inner: str, **options: Any) -> tuple[list[Tensor], int, int]:
+    """Six steps of a model compiled anew, with the numbers of programs found on disk and compiled."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.TinyDiT(depth=5)
+        x = torch.randn(models.BATCH, models.TOKENS, models.CHANNELS)
+    if inner != "inductor":
+        options.pop("inner_options", None)
+    cache_dit.enable_cache(model.eval(), inner=inner, **{**BASE, **options})
+    cache_dit.new_run(model, num_steps=6)
+    with torch.no_grad():
+        results = [model(x + 0.1 * i, torch.full((models.BATCH,), 1.0 - i / 6)) for i in range(6)]
+    assert cache_dit.get_stats(model).hits > 0
+    found = counters["aot_autograd"]
+    return results, found["autograd_cache_hit"], found["autograd_cache_miss"]
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "pieces"])
+def test_a_second_compilation_finds_every_program(lowering: str) -> None:
+    first, hits, misses = run("inductor", lowering=lowering)
+    assert hits == 0 and misses >= 2
+    again, hits, missed = run("inductor", lowering=lowering)
+    assert hits == misses and missed == 0
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_option_is_another_program(name: str) -> None:
+    """The caches are filled with the programs of the defaults; what runs is that of the option."""
+    run("inductor")
+    compiled, _, misses = run("inductor", **OTHERS[name])
+    wanted, _, _ = run("eager", **OTHERS[name])
+    assert misses >= 1
+    for a, b in zip(compiled, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_every_option_of_the_program_is_tried() -> None:
+    from cache_dit.options import ProgramOptions
+
+    elsewhere = {
+        "residual_device",  # CPU alone here
+        "front_anchored",  # of the rules that measure the front: their tests compare it with eager ones
+        "lowering",  # the test above
+        "inner",  # another compiler has other caches
+        "strict",  # changes what is refused, not a program
+    }
+    names = {name for name in ProgramOptions.__dataclass_fields__ if not name.startswith("_")}
+    assert names == set(OTHERS) | elsewhere
