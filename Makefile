@@ -58,7 +58,7 @@ test-comfy:  ## the nodes in two versions of ComfyUI and in a browser; ARGS="-k 
 	@$(PYTHON) tests/comfy/install.py $(COMFY); code=$$?; \
 	if [ $$code -eq 3 ]; then echo "make test-comfy: skipped, its packages cannot be installed here"; exit 0; fi; \
 	[ $$code -eq 0 ] || exit $$code; \
-	CACHE_DIT_COMFY_HOME=$(COMFY) $(COMFY)/env/bin/python -m pytest tests/comfy -m comfy --confcutdir=tests/comfy --durations=10 \
+	CACHE_DIT_COMFY_HOME=$(COMFY) $(COMFY)/env/bin/python -m pytest tests/comfy -m comfy --confcutdir=tests/comfy -rs --durations=10 \
 		--numprocesses=2 --dist=loadgroup $(ARGS)
 
 coverage: $(STAMP)  ## every transformer class of diffusers; writes docs/coverage.md

@@ -35,6 +35,13 @@ SD3 = {
     "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 192}},
     "num_patches": 1024, "pos_embed_max_size": 32, "pos_embed_scaling_factor": None,
 }  # fmt: skip
+# video and audio in one latent, a list of two; not in early servers
+LTXAV = {
+    "image_model": "ltxav", "in_channels": 128, "audio_in_channels": 128, "cross_attention_dim": 128,
+    "audio_cross_attention_dim": 64, "attention_head_dim": 64, "audio_attention_head_dim": 32, "num_attention_heads": 2,
+    "audio_num_attention_heads": 2, "caption_channels": 64, "num_layers": 3, "connector_attention_head_dim": 32,
+    "connector_num_attention_heads": 2, "connector_num_layers": 1,
+}  # fmt: skip
 # a UNet, which holds no chain of blocks that the finder knows
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
@@ -47,27 +54,34 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "flux": ("Flux", FLUX, 64, 32),
     "wan": ("WAN21_T2V", WAN, 64, 0),
     "sd3": ("SD3", SD3, 64, 32),
+    "ltxav": ("LTXAV", LTXAV, 128, 0),
     "unet": ("SD15", UNET, 64, 0),
 }
+FAMILIES = {name: family for name, family in FAMILIES.items() if hasattr(comfy.supported_models, family[0])}
 # the lists of blocks in execution order, the streams that blocks take, and their places in what a block gives
 CHAINS = {
     "flux": ("double_blocks", "single_blocks"),
     "wan": ("blocks",),
     "sd3": ("joint_blocks",),
+    "ltxav": ("transformer_blocks",),
 }
 
 
-def build(family: str, seed: int, **changes: Any) -> Any:
-    """A patcher with a model of random weights."""
-    name, config, _, _ = FAMILIES[family]
-    config = {**config, **changes}
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    """The configuration of a family as this server's version takes it."""
+    config = {**FAMILIES[family][1], **changes}
     if family == "flux":
         from comfy.ldm.flux.model import FluxParams
 
         if "txt_ids_dims" in FluxParams.__dataclass_fields__:
             config.setdefault("txt_ids_dims", [])
-    described = getattr(comfy.supported_models, name)(config)
-    described.set_inference_dtype(torch.float32, None)
+    return config
+
+
+def build(family: str, seed: int, weights: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A patcher with a model of random weights, which are cast to float32 where they are used."""
+    described = getattr(comfy.supported_models, FAMILIES[family][0])(config_of(family, **changes))
+    described.set_inference_dtype(weights, None if weights is torch.float32 else torch.float32)
     model = described.get_model({}, "", device=comfy.model_management.unet_offload_device())
     fill(model.diffusion_model, torch.Generator().manual_seed(seed))
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -114,10 +128,11 @@ class TestModel(TestNode):
         "seed": ("INT", {"default": 0, "max": 2**31}),
         # nodes with equal inputs share what they made
         "copy": ("INT", {"default": 0, "max": 2**31}),
+        "weights": (["float32", "float8_e4m3fn", "float8_e5m2"], {"default": "float32"}),
     }
 
-    def go(self, family: str, seed: int, copy: int) -> tuple[Any]:
-        return (build(family, seed),)
+    def go(self, family: str, seed: int, copy: int, weights: str) -> tuple[Any]:
+        return (build(family, seed, getattr(torch, weights)),)
 
 
 class TestFlux(TestNode):
@@ -174,6 +189,76 @@ class TestLora(TestNode):
             }
             patched.add_patches(comfy.lora.load_lora(lora, {"a": f"diffusion_model.{name}"}), strength)
         return (patched,)
+
+
+class PartlyLoaded(getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)):  # type: ignore[misc]
+    """A patcher that finds next to no room on its device: weights stay behind and are cast, and patched, at each use."""
+
+    def load(self, device_to: Any = None, lowvram_model_memory: float = 0, **options: Any) -> Any:
+        return super().load(device_to, lowvram_model_memory=1, **{**options, "full_load": False})
+
+
+class TestPartlyLoaded(TestNode):
+    """What --lowvram does to a model on a card that it does not fit on."""
+
+    RETURN_TYPES = ("MODEL",)
+    INPUTS = {"model": ("MODEL",)}  # noqa: RUF012
+
+    def go(self, model: Any) -> tuple[Any]:
+        return (PartlyLoaded(model.model, model.load_device, model.offload_device),)
+
+
+class TestControlNet(TestNode):
+    """A control network for the tests' Flux, of random weights."""
+
+    RETURN_TYPES = ("CONTROL_NET",)
+
+    def go(self) -> tuple[Any]:
+        import comfy.controlnet
+        import comfy.ldm.flux.controlnet
+        import comfy.ops
+
+        network = comfy.ldm.flux.controlnet.ControlNetFlux(
+            operations=comfy.ops.disable_weight_init, device=torch.device("cpu"), dtype=torch.float32, **config_of("flux")
+        )
+        fill(network, torch.Generator().manual_seed(21))
+        device = comfy.model_management.get_torch_device()
+        return (comfy.controlnet.ControlNet(network, load_device=device, extra_conds=["y", "guidance"]),)
+
+
+class TestOutOfMemory(TestNode):
+    """Memory runs out at one evaluation of a sampling, before or after the model has been called."""
+
+    RETURN_TYPES = ("MODEL",)
+    INPUTS = {  # noqa: RUF012
+        "model": ("MODEL",),
+        "evaluation": ("INT", {"default": 5}),
+        "place": (["before", "after"],),
+    }
+
+    def go(self, model: Any, evaluation: int, place: str) -> tuple[Any]:
+        patched, calls = model.clone(), []
+
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(None)
+            if len(calls) == evaluation and place == "before":
+                raise torch.OutOfMemoryError("a test has run out of memory")
+            made = executor(*args, **kwargs)
+            if len(calls) == evaluation:
+                raise torch.OutOfMemoryError("a test has run out of memory")
+            return made
+
+        patched.add_wrapper_with_key("diffusion_model", "out of memory", wrapper)
+        return (patched,)
+
+
+class TestAudioLatent(TestNode):
+    """Room for sound."""
+
+    RETURN_TYPES = ("LATENT",)
+
+    def go(self) -> tuple[Any]:
+        return ({"samples": torch.zeros(1, 8, 10, 16)},)
 
 
 class TestForeignWrapper(TestNode):
@@ -275,10 +360,12 @@ class EagerCache:
         if self.family == "flux":
             # double blocks take img and txt by name, single blocks the joined stream
             return (kwargs["img"], kwargs["txt"]) if "img" in kwargs else (args[0],)
+        if self.family == "ltxav":
+            return tuple(args[0])
         return args[:2] if self.family == "sd3" else args[:1]
 
     def _passed(self, streams: tuple[Any, ...]) -> Any:
-        return streams if self.family == "sd3" or len(streams) == 2 else streams[0]
+        return streams if len(streams) == 2 else streams[0]
 
     def _added(self, made: Any) -> Any:
         if self.family == "flux":
@@ -287,6 +374,8 @@ class EagerCache:
             return made[:, txt.shape[1] :] - img
         if self.family == "sd3":
             return made[1] - self.entered[1]
+        if self.family == "ltxav":
+            return tuple(after - before for after, before in zip(made, self.entered, strict=True))
         return made - self.entered[0]
 
     def _predicted(self) -> Any:
@@ -296,7 +385,17 @@ class EagerCache:
             return torch.cat((txt, img + added), dim=1)
         if self.family == "sd3":
             return None, self.entered[1] + added
+        if self.family == "ltxav":
+            return tuple(before + each for before, each in zip(self.entered, added, strict=True))
         return self.entered[0] + added
+
+
+def values_of(latent: dict[str, Any]) -> torch.Tensor:
+    """The numbers of a latent; of one that is a list, those of its parts in a row."""
+    samples = latent["samples"]
+    if not getattr(samples, "is_nested", False):
+        return samples.float().contiguous()
+    return torch.cat([part.float().flatten() for part in samples.unbind()])
 
 
 class TestDigest(TestNode):
@@ -307,7 +406,7 @@ class TestDigest(TestNode):
     INPUTS = {"samples": ("LATENT",)}  # noqa: RUF012
 
     def go(self, samples: dict[str, Any]) -> dict[str, Any]:
-        values = samples["samples"].float().contiguous()
+        values = values_of(samples)
         digest = {
             "shape": list(values.shape),
             "finite": bool(values.isfinite().all()),
@@ -327,8 +426,8 @@ class TestDifference(TestNode):
     INPUTS = {"a": ("LATENT",), "b": ("LATENT",)}  # noqa: RUF012
 
     def go(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        difference = (a["samples"].double() - b["samples"].double()).abs().max().item()
-        shown = json.dumps({"difference": difference, "size": a["samples"].abs().max().item()})
+        first, second = values_of(a).double(), values_of(b).double()
+        shown = json.dumps({"difference": (first - second).abs().max().item(), "size": first.abs().max().item()})
         return {"ui": {"text": [shown]}, "result": (shown,)}
 
 
@@ -373,6 +472,10 @@ class TestServer(TestNode):
             "sessions": len(all_sessions()),
             "stats": {key: value for key, value in cache_dit.get_global_stats().items() if key != "model_details"},
             "resident": resident(),
+            "partly_loaded": any(
+                loaded.model is not None and loaded.model.model.model_lowvram
+                for loaded in comfy.model_management.current_loaded_models
+            ),
             "num_steps": clock and clock.num_steps,
             "sigmas": clock and clock.sigmas,
         }
@@ -463,6 +566,10 @@ NODE_CLASS_MAPPINGS = DIGITS | {
         TestFlux,
         TestConditioning,
         TestLora,
+        TestPartlyLoaded,
+        TestControlNet,
+        TestOutOfMemory,
+        TestAudioLatent,
         TestForeignWrapper,
         TestEagerCache,
         TestDigest,
