@@ -6,12 +6,16 @@ import hashlib
 import importlib
 import json
 import logging
+import statistics
+import time
+import types
 import warnings
 from typing import Any
 
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.supported_models
 import torch
 
@@ -505,6 +509,52 @@ class TestImport(TestNode):
         return True
 
 
+class TestOverhead(TestNode):
+    """Microseconds that an evaluation takes through ComfyUI's wrapper points, around a model that does nothing."""
+
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_NODE = True
+    INPUTS = {"plain": ("MODEL",), "idle": ("MODEL",), "evaluations": ("INT", {"default": 3000, "max": 100000})}  # noqa: RUF012
+
+    def go(self, plain: Any, idle: Any, evaluations: int) -> dict[str, Any]:
+        rounds = [[median_evaluation(model, evaluations) for model in (plain, idle)] for _ in range(5)]
+        plain_us, idle_us = (statistics.median(times) for times in zip(*rounds, strict=True))
+        shown = json.dumps({"plain_us": plain_us, "idle_us": idle_us})
+        return {"ui": {"text": [shown]}, "result": (shown,)}
+
+
+def median_evaluation(model: Any, evaluations: int) -> float:
+    """Of one sampling with so many evaluations, as ComfyUI makes them."""
+    executor_of = comfy.patcher_extension.WrapperExecutor.new_class_executor
+    sigma, sigmas = torch.ones(1), torch.linspace(1, 0, evaluations + 1)
+    latent = torch.zeros(1)
+    options = {**model.model_options["transformer_options"], "wrappers": model.wrappers, "sigmas": sigma}
+    options.update({"cond_or_uncond": [1, 0], "uuids": [1, 2], "sample_sigmas": sigmas})
+    times = []
+
+    def around(kind: str, class_obj: Any, inner: Any) -> Any:
+        return executor_of(inner, class_obj, comfy.patcher_extension.get_all_wrappers(kind, options))
+
+    def nothing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return latent
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return around("diffusion_model", model.model.diffusion_model, nothing).execute(latent, sigma, None, options)
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        return around("apply_model", model.model, apply).execute(latent, sigma, None, None, None, options)
+
+    def sample(*args: Any, **kwargs: Any) -> None:
+        for _ in range(evaluations):
+            begin = time.perf_counter()
+            around("predict_noise", None, predict).execute(latent, sigma, {}, 1)
+            times.append(time.perf_counter() - begin)
+
+    guider = types.SimpleNamespace(model_options={"transformer_options": options})
+    around("outer_sample", guider, sample).execute(latent, latent, None, sigmas, None, None, True, 1)
+    return 1e6 * statistics.median(times)
+
+
 class TestUnet(TestNode):
     """Stands where an example workflow loads a model."""
 
@@ -577,6 +627,7 @@ NODE_CLASS_MAPPINGS = DIGITS | {
         TestPsnr,
         TestServer,
         TestImport,
+        TestOverhead,
         TestUnet,
         TestClip,
         TestVae,
