@@ -386,6 +386,7 @@ def test_a_control_network_is_heard(server: Server) -> None:
     never = flow.sample(configured(flow, flow.model(), schedule="1" * 8), **dict(in_part))
     flow.add("TestDifference", "in part", a=never, b=flow.sample(flow.model(copy=1), **dict(in_part)))
     shown = server.run(flow.nodes)
+    print(shown)
     assert shown["computed"]["difference"] == shown["in part"]["difference"] == 0.0
     assert shown["effect"]["difference"] > 1e-2
     assert hits(shown["stats"]) == 3
@@ -407,6 +408,7 @@ def test_video_with_sound_is_cached(server: Server) -> None:
     flow.add("TestDifference", "never", a=never, b=plain)
     flow.add("TestDifference", "effect", a=cached, b=plain)
     shown = server.run(flow.nodes)
+    print(shown)
     assert shown["never"]["difference"] == 0.0
     assert (calls(shown["stats"]), hits(shown["stats"])) == (8, 3)
     assert shown["cached"]["difference"] <= 1e-4 * shown["cached"]["size"]

@@ -223,7 +223,8 @@ class TestControlNet(TestNode):
         import comfy.ops
 
         network = comfy.ldm.flux.controlnet.ControlNetFlux(
-            operations=comfy.ops.disable_weight_init, device=torch.device("cpu"), dtype=torch.float32, **config_of("flux")
+            operations=comfy.ops.disable_weight_init, device=torch.device("cpu"), dtype=torch.float32,
+            **config_of("flux", depth_single_blocks=0),
         )
         fill(network, torch.Generator().manual_seed(21))
         device = comfy.model_management.get_torch_device()
