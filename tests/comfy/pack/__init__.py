@@ -67,7 +67,6 @@ CHAINS = {
     "flux": ("double_blocks", "single_blocks"),
     "wan": ("blocks",),
     "sd3": ("joint_blocks",),
-    "ltxav": ("transformer_blocks",),
 }
 
 
@@ -365,8 +364,6 @@ class EagerCache:
         if self.family == "flux":
             # double blocks take img and txt by name, single blocks the joined stream
             return (kwargs["img"], kwargs["txt"]) if "img" in kwargs else (args[0],)
-        if self.family == "ltxav":
-            return tuple(args[0])
         return args[:2] if self.family == "sd3" else args[:1]
 
     def _passed(self, streams: tuple[Any, ...]) -> Any:
@@ -379,8 +376,6 @@ class EagerCache:
             return made[:, txt.shape[1] :] - img
         if self.family == "sd3":
             return made[1] - self.entered[1]
-        if self.family == "ltxav":
-            return tuple(after - before for after, before in zip(made, self.entered, strict=True))
         return made - self.entered[0]
 
     def _predicted(self) -> Any:
@@ -390,8 +385,6 @@ class EagerCache:
             return torch.cat((txt, img + added), dim=1)
         if self.family == "sd3":
             return None, self.entered[1] + added
-        if self.family == "ltxav":
-            return tuple(before + each for before, each in zip(self.entered, added, strict=True))
         return self.entered[0] + added
 
 
