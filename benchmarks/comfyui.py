@@ -147,7 +147,7 @@ def overhead(server: Server) -> dict[str, Any]:
     """Microseconds an evaluation, with and without a cache that is off."""
     flow = Workflow()
     idle = flow.add("CacheDitControl", model=flow.add("CacheDitAccelerate", model=flow.model()), enable_cache=False)
-    flow.add("TestOverhead", "overhead", plain=flow.model(), idle=idle, evaluations=3000)
+    flow.add("TestOverhead", "overhead", plain=flow.model(), idle=idle, evaluations=50)
     row: dict[str, Any] = server.run(flow.nodes)["overhead"]
     print(json.dumps(row), flush=True)
     return row
