@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed.stamp
 TREE := build/typecheck
 
-.PHONY: help install demo test lint typecheck pytest test-slow test-comfy coverage bench quality quality-full soak mutation clean
+.PHONY: help install demo test lint typecheck pytest test-slow test-comfy soak-comfy bench-comfy coverage bench quality quality-full soak mutation clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -54,12 +54,23 @@ test-slow: $(STAMP)  ## what takes longer: several processes, artifacts, inducto
 # Outside of the checkout: 2 GB that every checkout can share.
 COMFY ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/cache_dit/comfy
 
-test-comfy:  ## the nodes in two versions of ComfyUI and in a browser; ARGS="-k name" picks some
+# Sets ComfyUI up, then runs what follows in its environment; skipped where its packages cannot be had.
+define in-comfy
 	@$(PYTHON) tests/comfy/install.py $(COMFY); code=$$?; \
-	if [ $$code -eq 3 ]; then echo "make test-comfy: skipped, its packages cannot be installed here"; exit 0; fi; \
+	if [ $$code -eq 3 ]; then echo "make $@: skipped, its packages cannot be installed here"; exit 0; fi; \
 	[ $$code -eq 0 ] || exit $$code; \
-	CACHE_DIT_COMFY_HOME=$(COMFY) $(COMFY)/env/bin/python -m pytest tests/comfy -m comfy --confcutdir=tests/comfy --durations=10 \
+	CACHE_DIT_COMFY_HOME=$(COMFY) $(COMFY)/env/bin/python
+endef
+
+test-comfy:  ## the nodes in two versions of ComfyUI and in a browser; ARGS="-k name" picks some
+	$(in-comfy) -m pytest tests/comfy -m comfy --confcutdir=tests/comfy -rs --durations=10 \
 		--numprocesses=2 --dist=loadgroup $(ARGS)
+
+soak-comfy:  ## ten minutes of random prompts with interrupts in ComfyUI; ARGS="--minutes 60"
+	$(in-comfy) tests/comfy/soak.py $(COMFY) $(ARGS)
+
+bench-comfy:  ## seconds a picture in ComfyUI; ARGS="--part wait"
+	$(in-comfy) benchmarks/comfyui.py $(COMFY) $(ARGS)
 
 coverage: $(STAMP)  ## every transformer class of diffusers; writes docs/coverage.md
 	$(BIN)/python benchmarks/coverage.py $(ARGS)

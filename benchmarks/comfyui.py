@@ -1,9 +1,10 @@
 """Seconds per prompt inside ComfyUI: plain, its own compile node, EasyCache at equal fidelity, and our nodes.
 
-Needs what ``make test-comfy`` has set up: ``ENV/bin/python benchmarks/comfyui.py FOLDER [--version V] [--out FILE]``.
+``make bench-comfy``, or ``ENV/bin/python benchmarks/comfyui.py FOLDER [--version V] [--out FILE]``.
 
-Two parts. *quality* samples the demo's trained digits and compares times at a like distance from the plain picture. *wait*
+Three parts. *quality* samples the demo's trained digits and compares times at a like distance from the plain picture. *wait*
 samples models of random weights at several depths and says after how many pictures inductor has paid for its compilation.
+*overhead* is what our wrappers cost an evaluation while the cache is off. Contenders take turns: A B A B.
 """
 
 from __future__ import annotations
@@ -40,10 +41,9 @@ def ours(inner: str) -> Apply:
     return lambda flow, model: flow.add("CacheDitConfig", model=model, **CONFIG, inner=inner)
 
 
-def easy(threshold: float) -> Apply:
+def easy(name: str, threshold: float) -> Apply:
     options = {"reuse_threshold": threshold, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
-    # the demo's model has no wrapper point of its own, so the variant that works on any model
-    return lambda flow, model: flow.add("LazyCache", model=model, **options)
+    return lambda flow, model: flow.add(name, model=model, **options)
 
 
 def timed(server: Server, nodes: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -84,21 +84,34 @@ def quality(server: Server, repeats: int) -> list[dict[str, Any]]:
         "CacheDit, inductor": ours("inductor"),
     }
     wanted = distance(server, contenders["CacheDit, eager"])
-    # the largest threshold that stays at least as near
-    found = 0.0
-    for threshold in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6):
-        if distance(server, easy(threshold)) < wanted:
-            break
-        found = threshold
-    contenders[f"LazyCache {found}"] = easy(found)
+    for name in ("EasyCache", "LazyCache"):
+        threshold = nearest(server, name, wanted)
+        contenders[f"{name} {threshold:g}"] = easy(name, threshold)
+    first = {name: timed(server, digits(apply, 100))[0] for name, apply in contenders.items()}
+    later: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(repeats):
+        for name, apply in contenders.items():
+            later[name].append(timed(server, digits(apply, 101 + i))[0])
     rows = []
     for name, apply in contenders.items():
-        first, _ = timed(server, digits(apply, 100))
-        later = [timed(server, digits(apply, 101 + i))[0] for i in range(repeats)]
         psnr = None if apply is plain else distance(server, apply)
-        rows.append({"name": name, "first_s": first, "later_s": statistics.median(later), "psnr_db": psnr})
+        rows.append({"name": name, "first_s": first[name], "later_s": statistics.median(later[name]), "psnr_db": psnr})
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def nearest(server: Server, name: str, wanted: float) -> float:
+    """The largest threshold at which another cache stays at least as near to the plain picture."""
+    low, high = 0.0, 3.0
+    if distance(server, easy(name, high)) >= wanted:
+        return high
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        if distance(server, easy(name, middle)) >= wanted:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def flux(apply: Apply, depth: str, width: int, seed: int) -> dict[str, Any]:
@@ -114,11 +127,14 @@ def wait(server: Server, repeats: int, width: int, depths: str) -> list[dict[str
     rows = []
     for depth in depths.split(","):
         row: dict[str, Any] = {"depth": depth, "width": width}
-        row["plain_s"] = min(timed(server, flux(plain, depth, width, i))[0] for i in range(2))
         for inner in ("eager", "inductor"):
             row[f"{inner}_first_s"], _ = timed(server, flux(ours(inner), depth, width, 10))
-            times = [timed(server, flux(ours(inner), depth, width, 11 + i))[0] for i in range(repeats)]
-            row[f"{inner}_later_s"] = statistics.median(times)
+        ways = {"plain": plain, "eager": ours("eager"), "inductor": ours("inductor")}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for i in range(repeats):
+            for name, apply in ways.items():
+                times[name].append(timed(server, flux(apply, depth, width, 11 + i))[0])
+        row.update({f"{name}_later_s": statistics.median(found) for name, found in times.items()})
         gain = row["eager_later_s"] - row["inductor_later_s"]
         more = row["inductor_first_s"] - row["eager_first_s"]
         row["inductor_pays_after"] = round(more / gain) if gain > 0 else None
@@ -127,11 +143,21 @@ def wait(server: Server, repeats: int, width: int, depths: str) -> list[dict[str
     return rows
 
 
+def overhead(server: Server) -> dict[str, Any]:
+    """Microseconds an evaluation, with and without a cache that is off."""
+    flow = Workflow()
+    idle = flow.add("CacheDitControl", model=flow.add("CacheDitAccelerate", model=flow.model()), enable_cache=False)
+    flow.add("TestOverhead", "overhead", plain=flow.model(), idle=idle, evaluations=50)
+    row: dict[str, Any] = server.run(flow.nodes)["overhead"]
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--version", default="0.30.0")
-    parser.add_argument("--part", choices=("quality", "wait", "both"), default="both")
+    parser.add_argument("--part", choices=("quality", "wait", "overhead", "all"), default="all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depths", default=DEPTHS, help="double and single blocks of each model")
@@ -142,9 +168,11 @@ def main() -> None:
         running(options.folder / f"comfy-{options.version}", Path(home), CACHE_DIT_LANG="en") as server,
     ):
         rows: dict[str, Any] = {}
-        if options.part != "wait":
+        if options.part in ("overhead", "all"):
+            rows["overhead"] = overhead(server)
+        if options.part in ("quality", "all"):
             rows["quality"] = quality(server, options.repeats)
-        if options.part != "quality":
+        if options.part in ("wait", "all"):
             rows["wait"] = wait(server, options.repeats, options.width, options.depths)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=2) + "\n")

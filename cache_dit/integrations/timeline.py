@@ -35,11 +35,13 @@ class Timeline:
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
         self.planned: int | None = None
+        self._skipped = 0
         self._waiting: deque[StepRecord] = deque()
 
     def begin(self, planned: int | None) -> None:
         """A run of so many steps begins; what is known of the last one goes."""
         self.steps, self.planned = [], planned
+        self._skipped = 0
         self._waiting.clear()
 
     def called(self, call: CallRecord, step: int) -> None:
@@ -47,8 +49,10 @@ class Timeline:
         if not self.steps or self.steps[-1].step != step:
             self.steps.append(StepRecord(step))
         record = self.steps[-1]
+        self._skipped -= record.skipped
         record.calls += 1
         record.hits += call.skipped
+        self._skipped += record.skipped
         record.compiled |= call.compiled
         record.reason = call.reason
         if call.timed:
@@ -74,4 +78,4 @@ class Timeline:
 
     def steps_skipped(self) -> int:
         """Steps so far in which no call computed the cached blocks."""
-        return sum(record.skipped for record in self.steps)
+        return self._skipped

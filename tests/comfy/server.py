@@ -96,6 +96,11 @@ class Server:
                 self.process.wait()
         self.process = None
 
+    def families(self) -> list[str]:
+        """The families of models that the tests can build in this server."""
+        found: list[str] = self.get("/object_info/TestModel")["TestModel"]["input"]["required"]["family"][0]
+        return found
+
     # ---- requests
 
     def get(self, path: str) -> Any:
@@ -188,13 +193,17 @@ class Workflow:
         self.nodes[key] = {"class_type": kind, "inputs": inputs}
         return [key, 0]
 
-    def model(self, copy: int = 0) -> list[Any]:
-        return self.add("TestModel", family=self.family, seed=self._seed, copy=copy)
+    def model(self, copy: int = 0, **other: Any) -> list[Any]:
+        given = {"family": self.family, "seed": self._seed, "copy": copy, "weights": "float32"}
+        return self.add("TestModel", **{**given, **other})
 
     def prompt(self, seed: int, tokens: int = 16) -> list[Any]:
         return self.add("TestConditioning", family=self.family, tokens=tokens, seed=seed)
 
     def latent(self, size: int = 128, batch: int = 1) -> list[Any]:
+        if self.family == "ltxav":
+            video = self.add("EmptyLTXVLatentVideo", width=128, height=128, length=9, batch_size=batch)
+            return self.add("LTXVConcatAVLatent", video_latent=video, audio_latent=self.add("TestAudioLatent"))
         if self.family == "wan":
             return self.add("EmptyHunyuanLatentVideo", width=128, height=128, length=5, batch_size=batch)
         if self.family == "unet":

@@ -45,12 +45,15 @@ FIT = """() => { const canvas = window.app.canvas; const nodes = window.app.grap
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        try:
+            found = playwright.chromium.launch(
+                executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+            )
+        except api.Error as error:
+            # some systems have a program of that name which only says how to install one
+            pytest.skip(f"{CHROMIUM} does not start: {str(error).strip().splitlines()[0]}")
         yield found
         found.close()
 

@@ -6,12 +6,16 @@ import hashlib
 import importlib
 import json
 import logging
+import statistics
+import time
+import types
 import warnings
 from typing import Any
 
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.supported_models
 import torch
 
@@ -35,6 +39,13 @@ SD3 = {
     "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 192}},
     "num_patches": 1024, "pos_embed_max_size": 32, "pos_embed_scaling_factor": None,
 }  # fmt: skip
+# video and audio in one latent, a list of two; not in early servers
+LTXAV = {
+    "image_model": "ltxav", "in_channels": 128, "audio_in_channels": 128, "cross_attention_dim": 128,
+    "audio_cross_attention_dim": 64, "attention_head_dim": 64, "audio_attention_head_dim": 32, "num_attention_heads": 2,
+    "audio_num_attention_heads": 2, "caption_channels": 64, "num_layers": 3, "connector_attention_head_dim": 32,
+    "connector_num_attention_heads": 2, "connector_num_layers": 1,
+}  # fmt: skip
 # a UNet, which holds no chain of blocks that the finder knows
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
@@ -47,8 +58,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "flux": ("Flux", FLUX, 64, 32),
     "wan": ("WAN21_T2V", WAN, 64, 0),
     "sd3": ("SD3", SD3, 64, 32),
+    "ltxav": ("LTXAV", LTXAV, 128, 0),
     "unet": ("SD15", UNET, 64, 0),
 }
+FAMILIES = {name: family for name, family in FAMILIES.items() if hasattr(comfy.supported_models, family[0])}
 # the lists of blocks in execution order, the streams that blocks take, and their places in what a block gives
 CHAINS = {
     "flux": ("double_blocks", "single_blocks"),
@@ -57,17 +70,21 @@ CHAINS = {
 }
 
 
-def build(family: str, seed: int, **changes: Any) -> Any:
-    """A patcher with a model of random weights."""
-    name, config, _, _ = FAMILIES[family]
-    config = {**config, **changes}
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    """The configuration of a family as this server's version takes it."""
+    config = {**FAMILIES[family][1], **changes}
     if family == "flux":
         from comfy.ldm.flux.model import FluxParams
 
         if "txt_ids_dims" in FluxParams.__dataclass_fields__:
             config.setdefault("txt_ids_dims", [])
-    described = getattr(comfy.supported_models, name)(config)
-    described.set_inference_dtype(torch.float32, None)
+    return config
+
+
+def build(family: str, seed: int, weights: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A patcher with a model of random weights, which are cast to float32 where they are used."""
+    described = getattr(comfy.supported_models, FAMILIES[family][0])(config_of(family, **changes))
+    described.set_inference_dtype(weights, None if weights is torch.float32 else torch.float32)
     model = described.get_model({}, "", device=comfy.model_management.unet_offload_device())
     fill(model.diffusion_model, torch.Generator().manual_seed(seed))
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -114,10 +131,11 @@ class TestModel(TestNode):
         "seed": ("INT", {"default": 0, "max": 2**31}),
         # nodes with equal inputs share what they made
         "copy": ("INT", {"default": 0, "max": 2**31}),
+        "weights": (["float32", "float8_e4m3fn", "float8_e5m2"], {"default": "float32"}),
     }
 
-    def go(self, family: str, seed: int, copy: int) -> tuple[Any]:
-        return (build(family, seed),)
+    def go(self, family: str, seed: int, copy: int, weights: str) -> tuple[Any]:
+        return (build(family, seed, getattr(torch, weights)),)
 
 
 class TestFlux(TestNode):
@@ -174,6 +192,77 @@ class TestLora(TestNode):
             }
             patched.add_patches(comfy.lora.load_lora(lora, {"a": f"diffusion_model.{name}"}), strength)
         return (patched,)
+
+
+class PartlyLoaded(getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)):  # type: ignore[misc]
+    """A patcher that finds next to no room on its device: weights stay behind and are cast, and patched, at each use."""
+
+    def load(self, device_to: Any = None, lowvram_model_memory: float = 0, **options: Any) -> Any:
+        return super().load(device_to, lowvram_model_memory=1, **{**options, "full_load": False})
+
+
+class TestPartlyLoaded(TestNode):
+    """What --lowvram does to a model on a card that it does not fit on."""
+
+    RETURN_TYPES = ("MODEL",)
+    INPUTS = {"model": ("MODEL",)}  # noqa: RUF012
+
+    def go(self, model: Any) -> tuple[Any]:
+        return (PartlyLoaded(model.model, model.load_device, model.offload_device),)
+
+
+class TestControlNet(TestNode):
+    """A control network for the tests' Flux, of random weights."""
+
+    RETURN_TYPES = ("CONTROL_NET",)
+
+    def go(self) -> tuple[Any]:
+        import comfy.controlnet
+        import comfy.ldm.flux.controlnet
+        import comfy.ops
+
+        network = comfy.ldm.flux.controlnet.ControlNetFlux(
+            operations=comfy.ops.disable_weight_init, device=torch.device("cpu"), dtype=torch.float32,
+            **config_of("flux", depth_single_blocks=0),
+        )
+        fill(network, torch.Generator().manual_seed(21))
+        device = comfy.model_management.get_torch_device()
+        return (comfy.controlnet.ControlNet(network, load_device=device, extra_conds=["y", "guidance"]),)
+
+
+class TestOutOfMemory(TestNode):
+    """Memory runs out at one evaluation of a sampling, before or after the model has been called."""
+
+    RETURN_TYPES = ("MODEL",)
+    INPUTS = {  # noqa: RUF012
+        "model": ("MODEL",),
+        "evaluation": ("INT", {"default": 5}),
+        "place": (["before", "after"],),
+    }
+
+    def go(self, model: Any, evaluation: int, place: str) -> tuple[Any]:
+        patched, calls = model.clone(), []
+
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(None)
+            if len(calls) == evaluation and place == "before":
+                raise torch.OutOfMemoryError("a test has run out of memory")
+            made = executor(*args, **kwargs)
+            if len(calls) == evaluation:
+                raise torch.OutOfMemoryError("a test has run out of memory")
+            return made
+
+        patched.add_wrapper_with_key("diffusion_model", "out of memory", wrapper)
+        return (patched,)
+
+
+class TestAudioLatent(TestNode):
+    """Room for sound."""
+
+    RETURN_TYPES = ("LATENT",)
+
+    def go(self) -> tuple[Any]:
+        return ({"samples": torch.zeros(1, 8, 10, 16)},)
 
 
 class TestForeignWrapper(TestNode):
@@ -278,7 +367,7 @@ class EagerCache:
         return args[:2] if self.family == "sd3" else args[:1]
 
     def _passed(self, streams: tuple[Any, ...]) -> Any:
-        return streams if self.family == "sd3" or len(streams) == 2 else streams[0]
+        return streams if len(streams) == 2 else streams[0]
 
     def _added(self, made: Any) -> Any:
         if self.family == "flux":
@@ -299,6 +388,14 @@ class EagerCache:
         return self.entered[0] + added
 
 
+def values_of(latent: dict[str, Any]) -> torch.Tensor:
+    """The numbers of a latent; of one that is a list, those of its parts in a row."""
+    samples = latent["samples"]
+    if not getattr(samples, "is_nested", False):
+        return samples.float().contiguous()
+    return torch.cat([part.float().flatten() for part in samples.unbind()])
+
+
 class TestDigest(TestNode):
     """Shows what a latent is."""
 
@@ -307,7 +404,7 @@ class TestDigest(TestNode):
     INPUTS = {"samples": ("LATENT",)}  # noqa: RUF012
 
     def go(self, samples: dict[str, Any]) -> dict[str, Any]:
-        values = samples["samples"].float().contiguous()
+        values = values_of(samples)
         digest = {
             "shape": list(values.shape),
             "finite": bool(values.isfinite().all()),
@@ -327,8 +424,8 @@ class TestDifference(TestNode):
     INPUTS = {"a": ("LATENT",), "b": ("LATENT",)}  # noqa: RUF012
 
     def go(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        difference = (a["samples"].double() - b["samples"].double()).abs().max().item()
-        shown = json.dumps({"difference": difference, "size": a["samples"].abs().max().item()})
+        first, second = values_of(a).double(), values_of(b).double()
+        shown = json.dumps({"difference": (first - second).abs().max().item(), "size": first.abs().max().item()})
         return {"ui": {"text": [shown]}, "result": (shown,)}
 
 
@@ -373,6 +470,10 @@ class TestServer(TestNode):
             "sessions": len(all_sessions()),
             "stats": {key: value for key, value in cache_dit.get_global_stats().items() if key != "model_details"},
             "resident": resident(),
+            "partly_loaded": any(
+                loaded.model is not None and loaded.model.model.model_lowvram
+                for loaded in comfy.model_management.current_loaded_models
+            ),
             "num_steps": clock and clock.num_steps,
             "sigmas": clock and clock.sigmas,
         }
@@ -400,6 +501,52 @@ class TestImport(TestNode):
     @classmethod
     def VALIDATE_INPUTS(cls, input_types: dict[str, str]) -> bool:
         return True
+
+
+class TestOverhead(TestNode):
+    """Microseconds that an evaluation takes through ComfyUI's wrapper points, around a model that does nothing."""
+
+    RETURN_TYPES = ("STRING",)
+    OUTPUT_NODE = True
+    INPUTS = {"plain": ("MODEL",), "idle": ("MODEL",), "evaluations": ("INT", {"default": 50})}  # noqa: RUF012
+
+    def go(self, plain: Any, idle: Any, evaluations: int) -> dict[str, Any]:
+        rounds = [[median_evaluation(model, evaluations) for model in (plain, idle)] for _ in range(100)]
+        plain_us, idle_us = (statistics.median(times) for times in zip(*rounds, strict=True))
+        shown = json.dumps({"plain_us": plain_us, "idle_us": idle_us})
+        return {"ui": {"text": [shown]}, "result": (shown,)}
+
+
+def median_evaluation(model: Any, evaluations: int) -> float:
+    """Of one sampling with so many evaluations, as ComfyUI makes them."""
+    executor_of = comfy.patcher_extension.WrapperExecutor.new_class_executor
+    sigma, sigmas = torch.ones(1), torch.linspace(1, 0, evaluations + 1)
+    latent = torch.zeros(1)
+    options = {**model.model_options["transformer_options"], "wrappers": model.wrappers, "sigmas": sigma}
+    options.update({"cond_or_uncond": [1, 0], "uuids": [1, 2], "sample_sigmas": sigmas})
+    times = []
+
+    def around(kind: str, class_obj: Any, inner: Any) -> Any:
+        return executor_of(inner, class_obj, comfy.patcher_extension.get_all_wrappers(kind, options))
+
+    def nothing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return latent
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return around("diffusion_model", model.model.diffusion_model, nothing).execute(latent, sigma, None, options)
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        return around("apply_model", model.model, apply).execute(latent, sigma, None, None, None, options)
+
+    def sample(*args: Any, **kwargs: Any) -> None:
+        for _ in range(evaluations):
+            begin = time.perf_counter()
+            around("predict_noise", None, predict).execute(latent, sigma, {}, 1)
+            times.append(time.perf_counter() - begin)
+
+    guider = types.SimpleNamespace(model_options={"transformer_options": options})
+    around("outer_sample", guider, sample).execute(latent, latent, None, sigmas, None, None, True, 1)
+    return 1e6 * statistics.median(times)
 
 
 class TestUnet(TestNode):
@@ -463,6 +610,10 @@ NODE_CLASS_MAPPINGS = DIGITS | {
         TestFlux,
         TestConditioning,
         TestLora,
+        TestPartlyLoaded,
+        TestControlNet,
+        TestOutOfMemory,
+        TestAudioLatent,
         TestForeignWrapper,
         TestEagerCache,
         TestDigest,
@@ -470,6 +621,7 @@ NODE_CLASS_MAPPINGS = DIGITS | {
         TestPsnr,
         TestServer,
         TestImport,
+        TestOverhead,
         TestUnet,
         TestClip,
         TestVae,

@@ -15,6 +15,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
@@ -126,7 +127,16 @@ class DigitsTransformer(nn.Module):
         self.proj_out_1 = nn.Linear(WIDTH, 2 * WIDTH)
         self.proj_out_2 = nn.Linear(WIDTH, PATCH * PATCH)
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor | None = None, transformer_options: Any = None, **kwargs: Any
+    ) -> Tensor:
+        extension = comfy.patcher_extension
+        wrappers = extension.get_all_wrappers(extension.WrappersMP.DIFFUSION_MODEL, transformer_options or {})
+        executor = extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        made: Tensor = executor.execute(x, timestep, context, transformer_options=transformer_options)
+        return made
+
+    def _forward(self, x: Tensor, timestep: Tensor, context: Tensor | None = None, transformer_options: Any = None) -> Tensor:
         assert context is not None
         labels = context[:, 0, 0].round().long()
         embed: Any = self.pos_embed
