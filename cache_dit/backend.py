@@ -225,9 +225,16 @@ def rewrite_graph(
         return passes.Refusal("grad_mode")
     graph = copy_dynamo_graph(gm)
     named = (program.region, program.region) if isinstance(program.region, str) else program.region
-    region = passes.choose_region(
-        graph, passes.find_blocks(graph), front=program.front_blocks, back=program.back_blocks, named=named
-    )
+
+    def chosen() -> passes.Region | passes.Refusal:
+        blocks = passes.find_blocks(graph)
+        return passes.choose_region(graph, blocks, front=program.front_blocks, back=program.back_blocks, named=named)
+
+    region = chosen()
+    if isinstance(region, passes.Refusal) and region.key == "writes_outside":
+        apart = passes.write_apart(graph)
+        record_rewrite("write_apart", apart, graph)
+        region = chosen() if apart else region
     if isinstance(region, passes.Refusal):
         return region
     if any(is_distributed(example_of(out.node)) for out in region.live_outs):

@@ -4,6 +4,7 @@
 pass                 kind      what it does
 ===================  ========  =====================================================================
 find_blocks          analysis  block lists and chains of lists, by ``nn_module_stack``
+write_apart          rewrite   arithmetic in place becomes arithmetic, where a block writes to what lies outside of it
 choose_region        analysis  the blocks to cache, live-ins, live-outs and the base of each live-out
 control_inputs       analysis  the inputs that enter the region past the blocks that always compute
 outline_region       rewrite   the region becomes a submodule with explicit inputs and outputs
@@ -25,8 +26,18 @@ from .insert_cache_branch import BranchOptions, CacheInputs, ResidualBuffer, ins
 from .outline_region import outline_region
 from .specialize_branch import specialize_branch
 from .split_pieces import Piece, Unsplit, split_pieces
+from .write_apart import write_apart
 
-PASSES = (find_blocks, choose_region, control_inputs, outline_region, insert_cache_branch, specialize_branch, split_pieces)
+PASSES = (
+    find_blocks,
+    write_apart,
+    choose_region,
+    control_inputs,
+    outline_region,
+    insert_cache_branch,
+    specialize_branch,
+    split_pieces,
+)
 
 __all__ = [
     "PASSES",
@@ -48,4 +59,5 @@ __all__ = [
     "outline_region",
     "specialize_branch",
     "split_pieces",
+    "write_apart",
 ]

@@ -59,6 +59,13 @@ def example_of(node: fx.Node) -> object:
     return value
 
 
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """The tensor that an example value is, or those in its tuples and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [each for part in value for each in tensors_in(part)] if isinstance(value, (tuple, list)) else []
+
+
 def shape_key(tensor: torch.Tensor) -> tuple[object, ...]:
     """Dtype and sizes; symbolic sizes by their expression, since comparing SymInts would install guards."""
     return (tensor.dtype, *(size if isinstance(size, int) else str(symbol_of(size)) for size in tensor.shape))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,22 +10,12 @@ import torch
 from torch import fx
 
 from ..torch_internals import memory_of, parts_of, symbol_of, without_source
-from .graph_values import example_of, mutated_argument, name_of
+from .graph_values import example_of, mutated_argument, name_of, tensors_in
 from .insert_cache_branch import MADE
 from .module_paths import is_compute
 from .outline_region import BLOCK
+from .write_apart import write_apart
 
-# What writes to its first argument, and what gives the same value without writing.
-_OUT_OF_PLACE: dict[Any, Callable[..., Any] | str] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    "add_": "add",
-    "sub_": "sub",
-    "mul_": "mul",
-    "div_": "div",
-}
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -72,7 +61,7 @@ def split_pieces(gm: fx.GraphModule) -> list[Piece] | Unsplit:
 
     *Exact*: the same operations run in the same order.
     """
-    _write_out_of_place(gm)
+    write_apart(gm)
     nodes = [node for node in gm.graph.nodes if is_compute(node)]
     if any(node.op == "call_module" for node in nodes):
         return Unsplit("calls_modules")
@@ -156,14 +145,14 @@ def _written_memory(gm: fx.GraphModule, place: dict[fx.Node, int]) -> list[tuple
     """For each memory that is written to: from the first to the last node that makes or reads a view of it."""
     views: dict[int, list[fx.Node]] = {}
     for node in gm.graph.nodes:
-        for tensor in _tensors(example_of(node)):
+        for tensor in tensors_in(example_of(node)):
             views.setdefault(memory_of(tensor), []).append(node)
     ties = []
     for node in place:
         written = mutated_argument(node)
         if written is None:
             continue
-        sharing = [each for tensor in _tensors(example_of(written)) for each in views[memory_of(tensor)]] or [written]
+        sharing = [each for tensor in tensors_in(example_of(written)) for each in views[memory_of(tensor)]] or [written]
         touching = {user for each in sharing for user in each.users if user in place}
         ties.append(_span(place[each] for each in {node, *sharing, *touching} if each in place))
     return ties
@@ -180,59 +169,6 @@ def _untransportable(nodes: Sequence[fx.Node], place: dict[fx.Node, int]) -> lis
 
 def _crosses(node: fx.Node) -> bool:
     return isinstance(example_of(node), (torch.Tensor, torch.SymInt, torch.SymFloat, int, float))
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [each for part in value for each in _tensors(part)] if isinstance(value, (tuple, list)) else []
-
-
-def _write_out_of_place(gm: fx.GraphModule) -> None:
-    """``x += y`` -> ``x' = x + y``, and x' for x from there on, where nothing else reads that memory later."""
-    views: dict[int, set[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        for tensor in _tensors(example_of(node)):
-            views.setdefault(memory_of(tensor), set()).add(node)
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for node in list(gm.graph.nodes):
-        plain = _OUT_OF_PLACE.get(node.target) if is_compute(node) else None
-        written = mutated_argument(node)
-        if plain is None or written is None:
-            continue
-        before = example_of(written)
-        if not isinstance(before, torch.Tensor):
-            continue
-        others = views[memory_of(before)] - {written, node}
-        if not is_compute(written) or any(_is_read_behind(each, node, order) for each in others):
-            continue
-        _replace(gm, node, plain, written, before.dtype, order)
-
-
-def _is_read_behind(sharing: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether a write by ``node`` may be seen through another node that shared the memory before."""
-    if order[sharing] > order[node]:
-        return False
-    return not is_compute(sharing) or any(order.get(user, -1) > order[node] for user in sharing.users)
-
-
-def _replace(
-    gm: fx.GraphModule, node: fx.Node, plain: Any, written: fx.Node, dtype: torch.dtype, order: dict[fx.Node, int]
-) -> None:
-    with gm.graph.inserting_before(node):
-        insert = gm.graph.call_method if isinstance(plain, str) else gm.graph.call_function
-        made = insert(plain, node.args, node.kwargs)
-        made.meta = dict(node.meta)
-        other = [example_of(argument) for argument in node.all_input_nodes if argument is not written]
-        if not all(isinstance(each, torch.Tensor) and each.dtype == dtype for each in other):
-            made = gm.graph.call_method("to", (made, dtype))
-            made.meta = dict(node.meta)
-    for user in list(written.users):
-        if order.get(user, -1) > order[node]:
-            user.replace_input_with(written, made)
-    order[made] = order[node]
-    node.replace_all_uses_with(made)
-    gm.graph.erase_node(node)
 
 
 def _symbol_inputs(gm: fx.GraphModule) -> dict[Any, fx.Node]:

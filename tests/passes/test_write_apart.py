@@ -1,0 +1,151 @@
+"""Arithmetic in place is written as arithmetic where nobody can tell the difference, and left alone elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cache_dit.passes import Region, choose_region, find_blocks, write_apart
+from cache_dit.passes.graph_values import is_mutation
+from torch import Tensor, fx, nn
+
+import cache_dit
+
+from ..models import CHANNELS, WIDTH, InPlaceStack, capture, example, seeded
+
+
+def rewritten(function: Any, *args: Any) -> tuple[int, fx.GraphModule]:
+    """The traced graph of a function behind the pass; its results are those of the function."""
+
+    class Holder(nn.Module):
+        def forward(self, *given: Any) -> Any:
+            return function(*given)
+
+    gm = capture(Holder(), *args)
+    count = write_apart(gm)
+    gm.graph.lint()
+    gm.recompile()
+    made, wanted = gm(*copy.deepcopy(args)), function(*copy.deepcopy(args))
+    for a, b in zip(made, wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    return count, gm
+
+
+def mutations(gm: fx.GraphModule) -> int:
+    return sum(map(is_mutation, gm.graph.nodes))
+
+
+def test_later_reads_see_what_was_written() -> None:
+    def add(x: Tensor) -> tuple[Tensor, ...]:
+        h = x * 2.0
+        before = h + 1.0
+        h.add_(x, alpha=3.0)
+        h *= 2.0
+        h.addcmul_(x, x)
+        return before, h, h.sin()
+
+    count, gm = rewritten(add, torch.randn(3, 4))
+    assert count == 3 and mutations(gm) == 0
+
+
+def test_types_stay_those_of_what_is_written_to() -> None:
+    def add(x: Tensor) -> tuple[Tensor]:
+        h = x.to(torch.bfloat16) * 2
+        h.add_(x)
+        return (h,)
+
+    count, gm = rewritten(add, torch.randn(3, 4))
+    assert count == 1 and mutations(gm) == 0
+
+
+def test_inputs_keep_what_was_written_to_them() -> None:
+    def add(x: Tensor) -> tuple[Tensor]:
+        x.add_(1.0)
+        return (x * 2.0,)
+
+    count, gm = rewritten(add, torch.randn(3, 4))
+    assert count == 0 and mutations(gm) == 1
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_shared_memory_that_is_read_later_is_left_alone(late: bool) -> None:
+    def add(x: Tensor) -> tuple[Tensor, ...]:
+        h = x * 2.0
+        view = h[:, :2]
+        early = view.cos()
+        h.add_(1.0)
+        return (h, early, view * 1.0) if late else (h, early)
+
+    count, gm = rewritten(add, torch.randn(3, 4))
+    assert (count, mutations(gm)) == ((0, 1) if late else (1, 0))
+
+
+def test_a_write_through_a_view_is_left_alone_where_the_whole_is_read_later() -> None:
+    def add(x: Tensor) -> tuple[Tensor]:
+        h = x * 2.0
+        h[:, :2].mul_(3.0)
+        return (h,)
+
+    count, _ = rewritten(add, torch.randn(3, 4))
+    assert count == 0
+
+
+def test_blocks_that_write_to_a_stream_that_is_read_behind_them_can_be_cached() -> None:
+    gm = capture(seeded(lambda: InPlaceStack(keeps=True)), *example())
+    assert not isinstance(choose_region(gm, find_blocks(gm)), Region)
+    assert write_apart(gm) > 0
+    assert isinstance(choose_region(gm, find_blocks(gm)), Region)
+
+
+class WritingBlock(nn.Module):
+    """Adds to the stream in place and returns nothing, as video models with sound do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, t: Tensor) -> None:
+        x.addcmul_(torch.tanh(self.mlp(x)), t)
+
+
+class WritingModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(CHANNELS, WIDTH), nn.Linear(WIDTH, CHANNELS)
+        self.blocks = nn.ModuleList(WritingBlock() for _ in range(4))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.embed(x)
+        for block in self.blocks:
+            block(h, t[:, None, None])
+        return self.head(h)
+
+
+@pytest.mark.parametrize("lowering", ["specialize", "pieces", "cond"])
+def test_a_model_of_blocks_that_return_nothing_is_cached(lowering: str) -> None:
+    torch.manual_seed(0)
+    plain = WritingModel().eval()
+    model = cache_dit.enable_cache(
+        copy.deepcopy(plain), schedule="1101", forecast="reuse", noise_scale=0.0, inner="eager", lowering=lowering
+    )
+    cache_dit.new_run(model, num_steps=4)
+    x = torch.randn(2, 6, CHANNELS)
+    times = [torch.full((2,), 1.0 - 0.25 * i) for i in range(4)]
+    with torch.no_grad():
+        made = [model(x, t) for t in times]
+        wanted = [plain(x, t) for t in times]
+        # the first block always computes; the others added at the second step what they add again at the third
+        h = [plain.embed(x) for _ in range(3)]
+        plain.blocks[0](h[0], times[1][:, None, None])
+        plain.blocks[0](h[1], times[1][:, None, None])
+        for block in list(plain.blocks)[1:]:
+            block(h[1], times[1][:, None, None])
+        plain.blocks[0](h[2], times[2][:, None, None])
+        skipped = plain.head(h[2] + (h[1] - h[0]))
+    assert cache_dit.get_stats(model).hits == 1
+    for step in (0, 1, 3):
+        torch.testing.assert_close(made[step], wanted[step])
+    torch.testing.assert_close(made[2], skipped)
+    assert not torch.allclose(made[2], wanted[2])
