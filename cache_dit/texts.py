@@ -338,8 +338,9 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "the blocks draw random numbers ({detail}), and skipping them would move your random state; call model.eval()",
     ),
     "refusal_writes_outside": (
-        "这些块原地修改了外部的张量（{detail}），跳过会丢失该修改",
-        "the blocks write in place to a tensor that lives outside ({detail}), and skipping them would lose that",
+        "这些块原地修改了外部的张量（{detail}），跳过会丢失该修改；请让各块返回新的张量，或用 region= 指定其他部分",
+        "the blocks write in place to a tensor that lives outside ({detail}), and skipping them would lose that; let the "
+        "blocks return new tensors, or name another part with region=",
     ),
     "refusal_cuts_context": (
         "缓存区域的边界切断了 autocast 等上下文（{detail}）",

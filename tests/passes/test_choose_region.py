@@ -12,6 +12,7 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from tests.models import (
     VARIANTS,
@@ -269,22 +270,33 @@ def test_refuses_to_write_to_what_is_read_behind_the_region() -> None:
 class WritesInput(nn.Module):
     """Adds to a view of its input once it has read it."""
 
-    def __init__(self) -> None:
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.block = SimpleBlock()
+        self.block, self.view = SimpleBlock(), view
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         out = self.block(x, t)
-        x.view(-1).add_(1.0)
+        self.view(x).add_(1.0)
         return out + x
 
 
-def test_refuses_to_write_to_an_input_of_the_model() -> None:
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.view(-1),
+    "select": lambda x: x.select(1, 0),
+    "detach": lambda x: x.detach(),
+    "diagonal": lambda x: torch.diagonal(x, dim1=1, dim2=2),
+    "expand_as": lambda x: x.expand_as(x),
+    "dropout": lambda x: functional.dropout(x, 0.5, training=False),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_refuses_to_write_to_an_input_of_the_model(view: str) -> None:
     class NoEmbedding(Stack):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.run_blocks(x, t)
 
-    gm = capture(seeded(lambda: NoEmbedding(block=WritesInput)), torch.ones(2, 3, 8), torch.ones(2, 1, 1))
+    gm = capture(seeded(lambda: NoEmbedding(block=lambda: WritesInput(VIEWS[view]))), torch.ones(2, 3, 8), torch.ones(2, 1, 1))
     refusal = chosen(gm, front=0)
     assert isinstance(refusal, Refusal) and refusal.key == "writes_outside"
     assert isinstance(chosen(gm, front=1), Region)
@@ -301,7 +313,7 @@ def test_nothing_is_moved_before_a_write_to_what_it_reads() -> None:
             side = first * 2.0
             return self.head(self.blocks[2](h, t)) * self.head(side)
 
-    region = chosen_in(lambda: ReadsLate(block=WritesInput))
+    region = chosen_in(lambda: ReadsLate(block=lambda: WritesInput(VIEWS["view"])))
     assert isinstance(region, Region)
     assert region.hoisted == ()
 
