@@ -240,12 +240,12 @@ def readable_bytes(count: int) -> str:
 def explain_session(session: Session) -> Explanation:
     """What is known of one session's model."""
     # blocks that are cached one by one share a report
-    cached = list({id(graph.report): graph.report for graph in session.cached_graphs}.values())
-    uncached = [graph.report for graph in session.uncached_graphs]
+    cached = list({id(graph.report): graph.report for graph in session.tracing.cached}.values())
+    uncached = [graph.report for graph in session.tracing.uncached]
     reports = [*cached, *uncached]
     # several graphs of one frame are the same call in other shapes; those of several frames run in one call
     sizes: dict[object, list[int | None]] = {}
-    for graph in session.cached_graphs:
+    for graph in session.tracing.cached:
         if graph.report.region is not None:
             sizes.setdefault(graph.frame, []).append(graph.report.region.buffer_bytes)
     known = [max(size for size in frame if size is not None) for frame in sizes.values() if None not in frame]
