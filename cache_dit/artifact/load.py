@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import CacheDitError
-from ..explanation import GraphReport
+from ..graph_report import GraphReport
 from ..options import CacheOptions, resolve_options
 from ..passes.insert_cache_branch import CacheInputs
 from ..passes.residual_math import statistics_length

@@ -16,7 +16,7 @@ from ..torch_internals import is_unbacked, source_name, symbol_of
 from .buffers import Dynamic, Sizes
 
 if TYPE_CHECKING:
-    from ..explanation import GraphReport
+    from ..graph_report import GraphReport
     from .session import Session
 
 # Names under which diffusion models take the noise level, in the order of preference; then those that look like one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ..explanation import GraphReport
+from ..graph_report import GraphReport
 from ..messages import announce
 from ..texts import text
 from .program import Cacheable, UncachedGraph

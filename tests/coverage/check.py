@@ -19,7 +19,8 @@ from cache_dit.passes.outline_region import REGION_NAME
 from torch import Tensor, fx, nn
 
 import cache_dit
-from cache_dit.explanation import Explanation, RegionReport
+from cache_dit.explanation import Explanation
+from cache_dit.graph_report import RegionReport
 from cache_dit.runtime.registry import sessions_of
 from cache_dit.runtime.tracing import Capture
 from cache_dit.structure import main_list
