@@ -13,7 +13,7 @@ from torch import fx
 
 from . import passes
 from .errors import CacheDitError, NoBlocksError
-from .explanation import GraphReport, describe_region
+from .graph_report import GraphReport, describe_region
 from .lowering import NotInPieces, choose_lowering, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from . import passes
 from .backend import FallbackCompiler
-from .explanation import GraphReport, RegionReport, describe_region
+from .graph_report import GraphReport, RegionReport, describe_region
 from .lowering import choose_lowering, with_cache_examples
 from .options import ProgramOptions
 from .runtime.buffers import Dynamic, Sizes

@@ -16,7 +16,7 @@ from torch import fx
 from .. import passes
 from ..backend import rewrite_graph
 from ..errors import CacheDitError
-from ..explanation import GraphReport, describe_region
+from ..graph_report import GraphReport, describe_region
 from ..integrations.targets import denoisers_of
 from ..lowering.specialize import specialized_graph
 from ..messages import announce

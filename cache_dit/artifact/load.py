@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import CacheDitError
-from ..explanation import GraphReport
+from ..graph_report import GraphReport
 from ..options import CacheOptions, resolve_options
 from ..passes.insert_cache_branch import CacheInputs
 from ..passes.residual_math import statistics_length
@@ -135,7 +135,7 @@ class Artifact(torch.nn.Module):
         self._loaded, self._options = loaded, options
         self._graph = _ArtifactGraph(loaded)
         self._session = Session(options, model_name(self), owns_calls=True)
-        self._session.cached_graphs[self._graph] = None
+        self._session.tracing.cached[self._graph] = None
         self._session.in_slot = False
         register_module(self, self._session)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..explanation import RegionReport, ValueReport
+from ..graph_report import RegionReport, ValueReport
 from ..options import CacheOptions
 from ..passes.insert_cache_branch import CacheInputs, ResidualBuffer
 from .sizes import Size

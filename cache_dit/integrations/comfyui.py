@@ -20,8 +20,9 @@ from ..errors import NoBlocksError
 from ..messages import SaidOnce, announce
 from ..options import CacheOptions
 from ..runtime.call import CachedCall
+from ..runtime.observers import CallRecord
 from ..runtime.registry import model_name, register_holder
-from ..runtime.session import CallRecord, Session, context_names
+from ..runtime.session import Session, context_names
 from ..statistics import CacheStats, Counters, format_speedup, stats_between
 from ..structure import may_have_blocks
 from ..texts import text

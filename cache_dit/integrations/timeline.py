@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from ..runtime.session import CallRecord
+from ..runtime.observers import CallRecord
 
 
 @dataclass(slots=True)

@@ -22,7 +22,8 @@ from ..torch_internals import (
 )
 from .program import read_time, time_names
 from .ranks import find_members, gathers_by_hooks, is_parallel, tensor_ranks
-from .session import Capture, Session, active_session
+from .session import Session, active_session
+from .tracing import Capture
 
 if TYPE_CHECKING:
     from ..blockwise import Blockwise
@@ -44,14 +45,14 @@ class CachedCall:
         self._module, self._backend = module, backend
         # what is compiled: the module's call, hooks included, or the part of it that an integration names
         self._function: Callable[..., Any] = uncompiled_call(module) if function is None else function
-        session.main_list = main_list(module)
+        session.tracing.main_list = main_list(module)
         self._chain = chain_of_blocks(module)
         program = backend.program
-        session.blocks_may_help = len(self._chain) > program.front_blocks + program.back_blocks
+        session.tracing.blocks_may_help = len(self._chain) > program.front_blocks + program.back_blocks
         self._replaced = vars(module).get(COMPILE_SLOT, _ABSENT)
         self._compiled: Callable[..., Any] | None = None
         self._blockwise: Blockwise | None = None
-        self._capture = session.capture
+        self._capture = session.tracing.capture
         self._time_arguments = _time_arguments(module)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         # a compiler around the model must not trace into the runtime; under fullgraph=True it prints the reason
@@ -103,17 +104,17 @@ class CachedCall:
                 result = (self._function if session.runs_eager else compiled)(*args, **kwargs)
             except BaseException as error:
                 session.abort()
-                if not (session.capture is Capture.MORE and is_tracing_failure(error)):
+                if not (session.tracing.capture is Capture.MORE and is_tracing_failure(error)):
                     raise
-                session.captured_in_vain()
+                session.tracing.was_in_vain()
             else:
                 session.end()
             finally:
                 self._arguments = ((), {})
                 session.call_time = None
                 active_session.reset(token)
-            if session.must_trace_again or session.capture is not self._capture:
-                self._capture = session.capture
+            if session.tracing.must_begin_anew or session.tracing.capture is not self._capture:
+                self._capture = session.tracing.capture
                 session.trace_again()
                 trace_again(self._module.forward)
                 trace_again(self._function)
@@ -128,13 +129,13 @@ class CachedCall:
         if is_parallel() and session.ranks is None:
             spread = bool(tensor_ranks(self._module))
             session.join(find_members(self._module, session.options.group), "DTensor" if spread else "Tensor")
-            if gathers_by_hooks(self._module) and session.blocks_may_help:
+            if gathers_by_hooks(self._module) and session.tracing.blocks_may_help:
                 # hooks that gather weights break every graph between the blocks
-                session.capture = self._capture = Capture.BLOCKS
+                session.tracing.capture = self._capture = Capture.BLOCKS
 
     def _compile(self) -> Callable[..., Any]:
         """The model compiled in the way that the session says."""
-        way, backend = self.session.capture, self._backend
+        way, backend = self.session.tracing.capture, self._backend
         self._leave_blocks()
         if way is Capture.BLOCKS:
             # not before it is needed: it imports the backend's half of the package

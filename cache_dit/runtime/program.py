@@ -16,8 +16,7 @@ from ..torch_internals import is_unbacked, source_name, symbol_of
 from .buffers import Dynamic, Sizes
 
 if TYPE_CHECKING:
-    from ..explanation import GraphReport
-    from .session import Session
+    from ..graph_report import GraphReport
 
 # Names under which diffusion models take the noise level, in the order of preference; then those that look like one.
 _TIME_NAMES = (
@@ -44,7 +43,16 @@ def time_names(names: Iterable[str]) -> list[str]:
     return known + [name for name in given if name not in known and _LIKE_A_TIME.search(name)]
 
 
-FindSession = Callable[["CachedGraph", Sequence[Any]], "Session | None"]
+class GraphRunner(Protocol):
+    """The state of a model, as its graphs see it: what decides at each call."""
+
+    enabled: bool
+
+    def run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
+        """Run the graph with the program of this call's decision."""
+
+
+FindSession = Callable[["CachedGraph", Sequence[Any]], GraphRunner | None]
 FlatCall = Callable[[Sequence[Any]], Sequence[Any]]
 
 

@@ -8,92 +8,37 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
 from ..errors import CacheDitError, NoBlocksError
-from ..explanation import GraphReport
-from ..forecasts import FORECASTS, Point, choose_forecast, forecast_error
+from ..forecasts import FORECASTS, Point, choose_forecast
 from ..messages import SaidOnce, announce
 from ..options import CacheOptions
-from ..passes.residual_math import statistics_length
 from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
-from ..torch_internals import outside_inference_mode
-from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
+from . import measurements
+from .buffers import ControlMark, Dynamic, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
-from .correction import FREE_BYTES, bytes_to_keep, correct, note_skipped, output_place
+from .corrector import Corrector
+from .observers import CallRecord, Observer, RunSource
+from .operands import CacheOperands
 from .program import Cacheable, UncachedGraph
 from .ranks import Ranks, find_members, measures
 from .signs import MAX_FORMER, Signs, Steady
-from .solvers import SOLVERS, SolverStep, TimeCheck, solver_steps
 from .timing import CallTimer
+from .tracing import Capture, Tracing
 
 # Forecasts that 'auto' compares: all of them use the residuals that the others need too.
 AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
-# Control tensors kept: a run has a few dozen distinct ones, and the next run has the same.
-MAX_CONTROLS = 512
 # Contexts kept: a server may name each request.
 MAX_CONTEXTS = 64
-# Calls of a context in a row that each compiled, after which it is no longer compiled: a change of shape takes one or two.
-MAX_COMPILES_IN_A_ROW = 4
-# Refusals that tracing more in one graph may mend: the blocks may have come apart.
-CAPTURE_MAY_HELP = frozenset({"no_blocks", "nothing_left"})
 COMPUTE_FIRST = Decision(False, "first_call")
 
 active_session: ContextVar[Session | None] = ContextVar("cache_dit_active_session", default=None)
 context_names: ContextVar[Mapping[int, str]] = ContextVar("cache_dit_context_names", default={})  # noqa: B039
-
-
-class Capture(Enum):
-    """How a model is traced: as torch does by default; with host reads captured too; block by block since neither helped;
-    by default again, since nothing did."""
-
-    DEFAULT = "default"
-    MORE = "more"
-    BLOCKS = "blocks"
-    IN_VAIN = "in vain"
-
-
-class RunSource(Protocol):
-    """Someone who knows when runs begin, such as a pipeline's scheduler, and which part of a step a call is."""
-
-    def starts_run(self) -> bool:
-        """Whether the call being made is the first one of a run, as far as this source can tell."""
-
-    def schedule(self) -> tuple[int | None, tuple[float, ...] | None]:
-        """Number of steps and noise levels of the run that begins."""
-
-    def solver(self) -> tuple[str | None, str | None]:
-        """Its solver and prediction type, by their names for `new_run`."""
-    def context(self) -> str | None:
-        """The name of the call's context where it is known."""
-
-
-class CallRecord(NamedTuple):
-    """One call of the model, as an observer hears of it. ``timed``: its seconds follow."""
-
-    tick: Tick | None
-    skipped: bool
-    reason: str
-    compiled: bool
-    timed: bool
-
-
-class Observer(Protocol):
-    """Someone who shows what happens while it happens."""
-
-    def compiling(self, reason: str | None) -> None:
-        """A graph is about to be compiled; of a recompilation, what changed."""
-
-    def called(self, call: CallRecord) -> None:
-        """A call of the model has ended."""
-
-    def measured(self, step: int, error: float) -> None:
-        """How far the forecast of a computed step was off; known before the next decision."""
 
 
 @dataclass(slots=True)
@@ -143,7 +88,6 @@ class Session:
     def __init__(self, options: CacheOptions, name: str, *, owns_calls: bool) -> None:
         self.options, self.name, self.owns_calls = options, name, owns_calls
         self.enabled = True
-        self.capture = Capture.DEFAULT
         self.lock = threading.RLock()
         self.counters = Counters(timed=options.enable_stats)
         self.timer = CallTimer(self.counters)
@@ -151,19 +95,12 @@ class Session:
         self.said = SaidOnce(options.language)
         self.strategy = build_strategy(options)
         self.contexts: dict[ContextKey, Context] = {}
-        self.cached_graphs: dict[Cacheable, None] = {}
-        self.uncached_graphs: dict[UncachedGraph, None] = {}
-        # graph breaks of the ways of tracing that were given up
-        self.earlier_breaks: list[str] = []
+        self.tracing = Tracing(options.language)
         # set by whoever knows: how to read the timestep of a call, its context's name, and when the pipeline's runs begin
         self.call_time: Callable[[], float | None] | None = None
         self.named_context: str | None = None
         self.runs: RunSource | None = None
         self.runs_whole_schedule = False
-        # the path of the longest list of the model's modules, where the model is known
-        self.main_list: str | None = None
-        # whether there are blocks that could each cache its own part
-        self.blocks_may_help = False
         self.observer: Observer | None = None
         # the ranks that decide alike; None: this process by itself, or not known yet
         self.ranks: Ranks | None = None
@@ -178,17 +115,10 @@ class Session:
         self._former: deque[Steady] = deque(maxlen=MAX_FORMER)
         self._noise_seed = 0
         self._looked_at_controls = False
-        self._controls: dict[tuple[object, ...], torch.Tensor] = {}
         self._compiles_seen = 0
-        # the steps of the run's solver, where skipped ones are corrected; None costs nothing
-        self._solver: Sequence[SolverStep] | None = None
-        self._time_check: TimeCheck | None = None
         self._several_graphs = False
-        # set where the same way of tracing has to begin anew
-        self.must_trace_again = False
-        # contexts that run in eager since compiling them does harm, and how often each of the others compiled in a row
-        self._eager_contexts: set[str] = set()
-        self._compiled_in_a_row: dict[str | None, int] = {}
+        self._operands = CacheOperands(options.noise_scale)
+        self._corrector = Corrector(options, self.said, self._operands)
 
     # ---- a call of the model -----------------------------------------------------------------------------------
 
@@ -233,10 +163,12 @@ class Session:
             timed = counters.timed and not compiled
             self.observer.called(CallRecord(forward.tick, hit, forward.reason, compiled, timed))
         if compiled:
-            self._note_compilation(forward.name)
+            if forward.name is not None and self.tracing.compiles_for_ever(forward.name):
+                self._leave_context(forward.name, "context_recompiles")
             self.timer.discard()
         else:
-            self._compiled_in_a_row.pop(forward.name, None)
+            if forward.name is not None:
+                self.tracing.compiled_nothing(forward.name)
             if counters.timed:
                 self.timer.book(hit)
             else:
@@ -245,7 +177,7 @@ class Session:
             self._count_uncached_step(forward)
             self._said_why_uncached(forward)
             return
-        if compiled and self._main_list_came_apart():
+        if compiled and self.tracing.main_list_came_apart():
             self._said_side_list()
         if self.options.debug:
             self._log(forward)
@@ -254,19 +186,7 @@ class Session:
     def runs_eager(self) -> bool:
         """Whether the call that has begun belongs to a context that is not worth compiling."""
         forward = self._forward
-        return forward is not None and forward.name in self._eager_contexts
-
-    def _note_compilation(self, name: str | None) -> None:
-        """A call compiled. A context that compiles at every call, since something it holds is made anew, is left alone."""
-        if name is None:
-            return
-        self._compiled_in_a_row[name] = self._compiled_in_a_row.get(name, 0) + 1
-        if self._compiled_in_a_row[name] >= MAX_COMPILES_IN_A_ROW:
-            self._leave_context(name, "context_recompiles")
-
-    def _leave_context(self, name: str, why: str) -> None:
-        self._eager_contexts.add(name)
-        self.said.warn(why, context=name)
+        return forward is not None and self.tracing.is_eager(forward.name)
 
     def abort(self) -> None:
         """A call ended in an exception: the run counts as ended. Nothing measured is read, the device may be lost."""
@@ -309,13 +229,13 @@ class Session:
 
     def note_uncached(self, graph: UncachedGraph) -> None:
         """A graph without a region ran."""
-        self.uncached_graphs[graph] = None
+        self.tracing.uncached[graph] = None
         if self._forward is not None:
             self._forward.uncached += 1
 
     def _run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
-        if graph not in self.cached_graphs:
-            self.cached_graphs[graph] = None
+        if graph not in self.tracing.cached:
+            self.tracing.cached[graph] = None
             if self.ranks is None:
                 option = self.options.group
                 self.join(find_members(None, option, graph.report.groups))
@@ -377,9 +297,14 @@ class Session:
                 self._share()
         store.last_step = forward.tick.step
         results = outputs[: graph.outputs]
-        if self._solver is not None and forward.tick.step <= len(self._solver):
-            return self._corrected(self._solver, forward.tick, store, graph, args, point, before, results, skip)
-        return results
+        if not self._corrector.applies(forward.tick.step):
+            return results
+        if self._several_graphs:
+            self._corrector.end("correction_outputs")
+            return results
+        if skip:
+            return self._corrector.skipped(store, graph, args, point, self._noise_key_of(forward.tick), results)
+        return self._corrector.computed(store, graph, point, before, self._forecast_name(store), results)
 
     def _share(self) -> None:
         """Send what this call measured to the other ranks: one message, read when the next step is decided."""
@@ -397,63 +322,6 @@ class Session:
             each.agreed = read
         for store, read in zip(changed, readers[len(pending) :], strict=True):
             store.agreed_change = read
-
-    def _corrected(
-        self,
-        solver: Sequence[SolverStep],
-        tick: Tick,
-        store: ResidualStore,
-        graph: Cacheable,
-        args: Sequence[Any],
-        point: Point,
-        before: tuple[Point, ...],
-        results: Sequence[Any],
-        skip: bool,
-    ) -> Sequence[Any]:
-        """Remember a skipped step, or put the ones before a computed step right."""
-        place = output_place(results)
-        timely = self._time_check is None or self._time_check.agrees(tick.step, point.time)
-        if place is None or self._several_graphs or not timely:
-            self._solver = None
-            self._refuse_correction("correction_outputs" if timely else "correction_times")
-            return results
-        if skip:
-            if bytes_to_keep(args, graph.watched(args)) > FREE_BYTES + 2 * store.bytes:
-                self._solver = None
-                self._refuse_correction("correction_memory")
-                return results
-            kept = store.past.keep(args, graph.watched(args))
-            changed = note_skipped(store.past, solver, point, kept, self._noise_key_of(tick), results[place])
-        else:
-            changed = self._put_right(solver, store, graph, point, before, results[place], place)
-        return (*results[:place], changed, *results[place + 1 :])
-
-    def _put_right(
-        self,
-        solver: Sequence[SolverStep],
-        store: ResidualStore,
-        graph: Cacheable,
-        point: Point,
-        before: tuple[Point, ...],
-        output: torch.Tensor,
-        place: int,
-    ) -> torch.Tensor:
-        inputs = graph.inputs
-        if store.front is not None and store.scratch is None:
-            with outside_inference_mode():
-                store.scratch = torch.zeros_like(store.front)
-        front = [] if store.scratch is None else [store.scratch]
-        residuals = [buffer for history in store.residuals for buffer in history]
-        reads = (self._constant((False,), torch.bool, inputs.device), inputs.accumulate, inputs.device)
-
-        def rerun(kept: Sequence[Any], weights: tuple[float, ...], key: int) -> Sequence[Any]:
-            padded = (*weights, *([0.0] * (inputs.history - len(weights))), self.options.noise_scale)
-            control = self._constant(padded, *reads[1:])
-            keys = self._constant((key,), torch.int64, inputs.device)
-            return graph.programs.reuse((*kept, reads[0], control, keys, store.measured, *front, *residuals))
-
-        used = FORECASTS[self._forecast_name(store)].weights(before, point, self.options.order) if before else ()
-        return correct(store.past, solver, store.points, store.measured, inputs.history, used, rerun, place, output)
 
     def _heeds_controls(
         self, forward: Forward, store: ResidualStore, tensors: Sequence[torch.Tensor], skip: bool
@@ -621,7 +489,7 @@ class Session:
         """Free everything stored."""
         self.end_run()
         self.contexts.clear()
-        self._controls.clear()
+        self._operands.clear()
 
     # ---- decisions ---------------------------------------------------------------------------------------------
 
@@ -646,7 +514,7 @@ class Session:
         self.counters.runs += 1
         # read, not drawn: the noise follows the user's seed and leaves the generator where it is
         self._noise_seed = torch.initial_seed() if self.ranks is None else self.ranks.seed
-        self._solver = self._solver_of_run()
+        self._corrector.begin_run(self.clock, sees_whole_calls=self.owns_calls)
         self._said_about_run()
 
     def _decision_of(self, tick: Tick, forward: Forward, context: Context, store: ResidualStore) -> Decision:
@@ -692,27 +560,6 @@ class Session:
         if not store.points or store.points[0].step != step - 1:
             context.clock += context.last_increment
 
-    def _solver_of_run(self) -> Sequence[SolverStep] | None:
-        """The steps of this run's solver, where skipped ones are to be corrected and can be."""
-        if not self.options.may_correct():
-            return None
-        if not self.owns_calls:
-            # under bare torch.compile nobody says where a call ends, so a graph may be a part of the model
-            self._refuse_correction("correction_outputs")
-            return None
-        clock = self.clock
-        steps = solver_steps(clock.solver, clock.prediction, clock.sigmas, clock.num_steps)
-        if steps is None:
-            self._refuse_correction("correction_unknown")
-        elif clock.sigmas is not None and clock.prediction is not None:
-            self._time_check = TimeCheck(clock.sigmas, clock.prediction)
-        return steps
-
-    def _refuse_correction(self, key: str) -> None:
-        """Skipped steps stay as they are in this run: said where the user asked for correction by name."""
-        if self.options.correction is True:
-            self.said.warn(key, solvers=", ".join(map(repr, SOLVERS)))
-
     def _said_about_run(self) -> None:
         options = self.options
         if self.clock.num_steps is None and (options.start_percent > 0.0 or options.end_percent < 1.0):
@@ -745,10 +592,9 @@ class Session:
         if pending is None:
             return
         store.pending = None
-        values = pending.values.tolist() if pending.agreed is None else pending.agreed()
-        length = statistics_length(len(store.residuals[0]))
-        parts = [values[i : i + length] for i in range(0, len(values), length)]
-        if any(part[0] > 0 or part[1] != part[1] or part[1] == float("inf") for part in parts):
+        history = len(store.residuals[0])
+        parts = measurements.read(pending, history)
+        if not measurements.are_finite(parts):
             self.counters.nonfinite += 1
             if self.ranks is not None and not self._shares:
                 # to forget it would be a decision that the other ranks do not know of; its elements are stored as 0
@@ -759,56 +605,25 @@ class Session:
             self.said.warn("nonfinite")
             return
         if pending.before:
-            store.errors = self._measured_errors(pending, parts, len(store.residuals[0]))
+            names = AUTO_CANDIDATES if self.options.forecast == "auto" else (self.options.forecast,)
+            store.errors = measurements.forecast_errors(pending, parts, history, names, self.options.order)
             error = store.errors[self._forecast_name(store)]
             self.counters.record_forecast_error(error)
             if self.observer is not None:
                 self.observer.measured(pending.target.step, error)
 
-    def _measured_errors(self, pending: Measurement, parts: list[list[float]], history: int) -> dict[str, float]:
-        names = AUTO_CANDIDATES if self.options.forecast == "auto" else (self.options.forecast,)
-        size = len(pending.before)
-        grams = [(_square(part[2:], history, size), part[1] ** 0.5) for part in parts]
-        errors = {}
-        for name in names:
-            weights = FORECASTS[name].weights(pending.before, pending.target, self.options.order)
-            errors[name] = max(forecast_error(weights, gram, rms) for gram, rms in grams)
-        return errors
-
     def _cache_operands(
         self, graph: Cacheable, store: ResidualStore, point: Point, tick: Tick, skip: bool
     ) -> tuple[torch.Tensor, ...]:
-        """The predicate, the weights with the noise scale, the key of the noise, and what was measured last."""
-        inputs = graph.inputs
         weights: tuple[float, ...] = ()
         key = 0
         if skip:
-            forecast = FORECASTS[self._forecast_name(store)]
-            weights = forecast.weights(store.points, point, self.options.order)
+            weights = FORECASTS[self._forecast_name(store)].weights(store.points, point, self.options.order)
             key = self._noise_key_of(tick)
-        padded = (*weights, *([0.0] * (inputs.history - len(weights))), self.options.noise_scale)
-        return (
-            self._constant((not skip,), torch.bool, inputs.device),
-            self._constant(padded, inputs.accumulate, inputs.device),
-            self._constant((key,), torch.int64, inputs.device),
-            store.measured,
-        )
+        return self._operands.make(graph.inputs, skip=skip, weights=weights, key=key, measured=store.measured)
 
     def _noise_key_of(self, tick: Tick) -> int:
         return noise_key(self._noise_seed, tick.step, tick.context) if self.options.noise_scale > 0.0 else 0
-
-    def _constant(self, values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A small tensor on the device, made once for each value: every run needs the same ones again."""
-        name = (values, dtype, device)
-        found = self._controls.get(name)
-        if found is None:
-            if len(self._controls) >= MAX_CONTROLS:
-                self._controls.clear()
-            with outside_inference_mode():
-                content = values[0] if dtype in (torch.bool, torch.int64) else values
-                found = torch.tensor(content, dtype=dtype, device=device)
-            self._controls[name] = found
-        return found
 
     # ---- what the user reads -----------------------------------------------------------------------------------
 
@@ -843,11 +658,11 @@ class Session:
 
     def _said_why_uncached(self, forward: Forward) -> None:
         """A call in which no region ran: say so once, with the reason."""
-        if forward.name in self._eager_contexts:
+        if self.tracing.is_eager(forward.name):
             self.counters.refuse("eager_context")
             return
-        reasons = [graph.report for graph in self.uncached_graphs]
-        if self.capture is Capture.BLOCKS:
+        reasons = [graph.report for graph in self.tracing.uncached]
+        if self.tracing.capture is Capture.BLOCKS:
             key = "grad_mode" if torch.is_grad_enabled() else "no_region"
         elif forward.uncached == 0:
             key = "not_compiled"
@@ -856,12 +671,12 @@ class Session:
         else:
             key = "no_region"
         self.counters.refuse(key)
-        if key == "no_region" and forward.name is not None and self.cached_graphs:
+        if key == "no_region" and forward.name is not None and self.tracing.cached:
             # Dynamo gave up code that the other contexts share
             self._leave_context(forward.name, "context_apart")
-            self.must_trace_again = True
+            self.tracing.must_begin_anew = True
             return
-        if key == "no_region" and not self._holds_main_list() and self._tries_capture(reasons):
+        if key == "no_region" and not self.tracing.holds_main_list() and self.tracing.tries_another_way():
             return
         details = "; ".join(dict.fromkeys(report.refusal_text(self.options.language) for report in reasons))
         if self.options.strict and key == "no_region":
@@ -883,54 +698,24 @@ class Session:
             self._decisions[tick.run][tick.step] = COMPUTE_FIRST, 0
             self.counters.steps += 1
 
-    def _tries_capture(self, reports: Sequence[GraphReport]) -> bool:
-        """Where the blocks came apart into several graphs, trace in another way; True if that is to come.
-
-        Graph breaks are no sign of it: where Dynamo gives a frame up and compiles the blocks one by one it counts none.
-        """
-        if self.capture is Capture.DEFAULT:
-            if not any(report.reason in CAPTURE_MAY_HELP for report in reports):
-                return False
-            self.capture = Capture.MORE
-            announce(text("capturing_more", self.options.language))
-            return True
-        return self.captured_in_vain()
-
-    def captured_in_vain(self) -> bool:
-        """This way of tracing did not help: go on to the next one. Whether there is one left that may."""
-        if self.capture is Capture.MORE and self.blocks_may_help:
-            self.capture = Capture.BLOCKS
-            announce(text("blockwise", self.options.language))
-            return True
-        self.capture = Capture.IN_VAIN
-        return False
-
-    def _main_list_came_apart(self) -> bool:
-        """Whether blocks are cached, and none of the model's longest list among them."""
-        several = len(self.cached_graphs) + len(self.uncached_graphs) > 1
-        return self.main_list is not None and several and not self._holds_main_list()
-
-    def _holds_main_list(self) -> bool:
-        path, regions = self.main_list, [graph.report.region for graph in self.cached_graphs]
-        return path is not None and any(region is not None and region.holds(path) for region in regions)
+    def _leave_context(self, name: str, why: str) -> None:
+        """Compiling this context does harm: it runs as it is."""
+        self.tracing.leave(name)
+        self.said.warn(why, context=name)
 
     def _said_side_list(self) -> None:
-        reports = [g.report for g in self.cached_graphs] + [g.report for g in self.uncached_graphs]
-        if self._tries_capture(reports):
+        """Blocks are cached, but not those of the longest list: trace in another way, or say so."""
+        tracing = self.tracing
+        if tracing.tries_another_way():
             return
-        side = ", ".join(dict.fromkeys(name for report in reports if report.region for name in report.region.lists))
-        self.said.warn("side_list", wanted=self.main_list, cached=side, breaks="; ".join(self._breaks()) or "-")
-
-    def _breaks(self) -> list[str]:
-        """The reason and the user's line of every graph break seen so far."""
-        reports = [g.report for g in self.cached_graphs] + [g.report for g in self.uncached_graphs]
-        return list(dict.fromkeys([*self.earlier_breaks, *(r.break_reason for r in reports if r.break_reason is not None)]))
+        breaks = "; ".join(tracing.breaks()) or "-"
+        self.said.warn("side_list", wanted=tracing.main_list, cached=", ".join(tracing.side_lists()), breaks=breaks)
 
     def notes(self) -> tuple[str, ...]:
         """What else there is to say of how the model is cached."""
         language, said = self.options.language, []
-        if self.capture is Capture.BLOCKS:
-            said.append(text("explain_blockwise", language, breaks="; ".join(self._breaks()) or "-"))
+        if self.tracing.capture is Capture.BLOCKS:
+            said.append(text("explain_blockwise", language, breaks="; ".join(self.tracing.breaks()) or "-"))
         if self.ranks is not None:
             count, sent = len(self.ranks.members), self.ranks.messages
             said.append(text("explain_ranks", language, count=count, rank=self.ranks.rank, sent=sent))
@@ -938,10 +723,7 @@ class Session:
 
     def trace_again(self) -> None:
         """The model is about to be traced anew: what is known of its graphs so far does not hold for it."""
-        self.must_trace_again = False
-        self.earlier_breaks = self._breaks()
-        self.uncached_graphs.clear()
-        self.cached_graphs.clear()
+        self.tracing.begin_anew()
         for context in self.contexts.values():
             self._forget(context)
             context.stores.clear()
@@ -969,12 +751,3 @@ def noise_key(seed: int, step: int, context: ContextKey) -> int:
     """The key of the noise of one step in one context: 31 bits, the same in every process."""
     return zlib.crc32(f"{seed}/{step}/{context}".encode()) & 0x7FFFFFFF
 
-
-def _square(upper: Sequence[float], history: int, size: int) -> list[list[float]]:
-    """The leading ``size`` rows of a symmetric matrix given by the rows of its upper triangle."""
-    matrix = [[0.0] * history for _ in range(history)]
-    values = iter(upper)
-    for a in range(history):
-        for b in range(a, history):
-            matrix[a][b] = matrix[b][a] = next(values)
-    return [row[:size] for row in matrix[:size]]

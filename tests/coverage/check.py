@@ -20,9 +20,10 @@ from torch import Tensor, fx, nn
 
 import cache_dit
 from cache_dit.backend import find_region
-from cache_dit.explanation import Explanation, RegionReport
+from cache_dit.explanation import Explanation
+from cache_dit.graph_report import RegionReport
 from cache_dit.runtime.registry import sessions_of
-from cache_dit.runtime.session import Capture
+from cache_dit.runtime.tracing import Capture
 from cache_dit.structure import main_list
 from cache_dit.torch_internals import copy_dynamo_graph
 
@@ -104,7 +105,7 @@ def check(tiny: TinyModel, *, whole: bool = True) -> Report:
         cached = holds_main and hits == 2 * HITS
         blockwise = bool(explanation.notes)
         # the graph of another way of tracing is not the one that is replayed
-        as_usual = sessions_of(model)[0].capture is Capture.DEFAULT
+        as_usual = sessions_of(model)[0].tracing.capture is Capture.DEFAULT
         replayed, plain_graphs, plain_breaks = None, graphs, breaks
         if whole or not tiny.streams:
             _reset()

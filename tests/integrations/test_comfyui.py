@@ -15,7 +15,7 @@ from cache_dit.integrations.comfyui_models import Mentions, wraps_itself
 from cache_dit.integrations.comfyui_sampling import Pace, SamplerClock, Sampling
 from cache_dit.integrations.timeline import Timeline
 from cache_dit.runtime.clock import Tick
-from cache_dit.runtime.session import CallRecord
+from cache_dit.runtime.observers import CallRecord
 
 
 @pytest.fixture(autouse=True)

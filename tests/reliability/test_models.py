@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cache_dit
 from cache_dit.messages import CacheDitWarning
-from cache_dit.runtime.session import Capture
+from cache_dit.runtime.tracing import Capture
 from cache_dit.torch_internals import RECOMPILE_LIMIT
 
 from .. import models
@@ -299,7 +299,7 @@ def test_shapes_beyond_the_recompile_limit_run_uncached_and_say_so(
     plan = Plan(10, falling(5), tokens=8)
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=3):
         assert same(generate(plan, model), generate(plan, plain))
-    assert model._compiled_call_impl.session.capture is Capture.DEFAULT
+    assert model._compiled_call_impl.session.tracing.capture is Capture.DEFAULT
 
 
 def test_other_options_each_time() -> None:

@@ -211,9 +211,9 @@ def test_a_residual_that_is_not_finite_corrects_nothing() -> None:
 
 
 def test_inputs_too_large_to_keep_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cache_dit.runtime import session
+    from cache_dit.runtime import corrector
 
-    monkeypatch.setattr(session, "FREE_BYTES", -(2**40))
+    monkeypatch.setattr(corrector, "FREE_BYTES", -(2**40))
     model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
     with pytest.warns(CacheDitWarning, match="too large to be kept"):
         _, outputs = sampled(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cache_dit
 from cache_dit.messages import CacheDitWarning
-from cache_dit.runtime.session import MAX_COMPILES_IN_A_ROW
+from cache_dit.runtime.tracing import MAX_COMPILES_IN_A_ROW
 
 from .. import models
 
