@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .find_blocks import BlockChains, BlockList
+from .find_blocks import MULTIPLIES, BlockChains, BlockList
 from .graph_values import (
     example_of,
     is_mutation,
@@ -76,15 +76,20 @@ _SHAPING = {
     operator.getitem,
 }
 _JOINING = {torch.cat, torch.stack}
+_NORMING = frozenset({"layer_norm", "group_norm", "rms_norm"})
 
 
 @dataclass(frozen=True, slots=True)
 class LiveOut:
-    """A value that leaves the region. ``base`` is the live-in it adds to; without one the value is cached whole."""
+    """A value that leaves the region. ``base`` is the live-in it adds to; without one the value is cached whole.
+
+    ``stream``: the live-in that the chain carried in its place; the base, but where a long skip is mixed into the stream.
+    """
 
     node: fx.Node
     base: fx.Node | None
     additive: bool
+    stream: fx.Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +137,29 @@ def choose_region(
     *Detects* for each chain the interval of graph positions, its live-ins and live-outs, and for each live-out the
     base: the live-in of the same shape and dtype that the stream carried out of the last front block. The chain taken
     is the longest one whose every live-out has such a base; else the longest whose live-outs all have some base;
-    else the largest list alone, with live-outs cached whole.
+    else the largest list alone, with live-outs cached whole. A stream that a long skip is mixed into (U-ViT, U-Net) is
+    cached whole too: what it would add to its base then repeats worse than the stream itself.
 
     *Rewrites* nothing: this is an analysis.
 
     *Refuses when* no chain is there, front and back leave nothing, the region draws random numbers, writes to values
     that live outside, cuts an autocast region, or lets other things than tensors out.
     """
-    if named is not None:
-        span = _named_span(gm, named)
-        return span if isinstance(span, Refusal) else _region(gm, span)
+    region = _named_region(gm, named) if named is not None else _best_region(gm, chains, front, back)
+    if isinstance(region, Refusal):
+        return region
+    inside = set(region.nodes)
+    mixed = {out.node for out in region.live_outs if not out.additive and _mixes(out.node, inside)}
+    outs = tuple(replace(out, base=None) if out.node in mixed else out for out in region.live_outs)
+    return replace(region, live_outs=outs)
+
+
+def _named_region(gm: fx.GraphModule, named: tuple[str, str]) -> Region | Refusal:
+    span = _named_span(gm, named)
+    return span if isinstance(span, Refusal) else _region(gm, span)
+
+
+def _best_region(gm: fx.GraphModule, chains: BlockChains, front: int, back: int) -> Region | Refusal:
     if not chains.chains:
         return Refusal("no_blocks")
     refusals: list[Refusal] = []
@@ -281,7 +299,7 @@ def _live_outs(nodes: Sequence[fx.Node], made_before: set[fx.Node]) -> list[Live
         base, additive = _base_of(node, inside, streams, made_before, taken)
         if base is not None:
             taken.add(base)
-        found.append(LiveOut(node, base, additive))
+        found.append(LiveOut(node, base, additive, base))
     return found
 
 
@@ -330,6 +348,28 @@ def _reached(out: fx.Node, inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.N
         carries = additive and (_is_addition(node) or _is_shaping(node) or node.target in _JOINING)
         stack.extend((argument, carries) for argument in node.all_input_nodes)
     return depends, adds
+
+
+def _mixes(out: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether what ``out`` is a sum of was joined with something else and multiplied by a weight."""
+    seen: set[fx.Node] = set()
+    stack = [out]
+    while stack:
+        node = stack.pop()
+        if node not in inside or node in seen:
+            continue
+        seen.add(node)
+        if _is_addition(node) or _is_shaping(node):
+            stack.extend(node.all_input_nodes)
+        elif name_of(node) in MULTIPLIES and _is_joined(node.all_input_nodes[0]):
+            return True
+    return False
+
+
+def _is_joined(node: fx.Node) -> bool:
+    while node.target not in _JOINING and (_is_shaping(node) or name_of(node) in _NORMING):
+        node = node.all_input_nodes[0]
+    return node.target in _JOINING
 
 
 def _is_addition(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ MIN_BLOCKS = 2
 # Attributes that end in a number are blocks (block0, block1, block2) or parts of one (norm1, attn1, norm2): blocks are
 # more than two, multiply by weights, and are most of what runs from the first to the last of them.
 MIN_NAMED_BLOCKS = 3
-_MULTIPLIES = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"})
+MULTIPLIES = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"})
 # Lists of one chain may have some glue between them (a concat, a reshape), not another part of the model.
 MAX_GLUE_NODES = 12
 MAX_GLUE_BLOCKS = 1.5
@@ -149,7 +149,7 @@ def _is_repeated(candidate: _Candidate, nodes: Sequence[fx.Node]) -> bool:
     blocks = [positions for positions in candidate.members.values() if len(positions) >= MIN_BLOCK_NODES]
     if not candidate.path.endswith("*"):
         return len(blocks) >= MIN_BLOCKS
-    working = [block for block in blocks if any(name_of(nodes[position]) in _MULTIPLIES for position in block)]
+    working = [block for block in blocks if any(name_of(nodes[position]) in MULTIPLIES for position in block)]
     return len(working) >= MIN_NAMED_BLOCKS and 2 * candidate.size > candidate.last - candidate.first
 
 
