@@ -135,6 +135,13 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "the run has {steps} steps, all within the warm-up of {warmup}: nothing is skipped. Models of few steps change much "
         "from one to the next, so skipping shows; to skip all the same set warmup_steps=1",
     ),
+    "few_steps_skipped": (
+        "本次采样只有 {steps} 步，其中第 {skipped} 步会被跳过。步数很少的模型相邻两步差别很大，跳过往往看得出来\n"
+        "解决方案: 请对比有无缓存的图片；不想跳过时请设置 warmup_steps={steps}",
+        "the run has {steps} steps, of which {skipped} will be skipped. Models of few steps change much from one to the next, "
+        "so skipping may show\n"
+        "Remedy: compare the pictures with and without; warmup_steps={steps} skips none",
+    ),
     "context_recompiles": (
         "上下文 {context} 每次调用都会重新编译（其中有对象每步都被重新创建），之后不再编译和缓存它；其他上下文照常缓存",
         "the context {context} compiles at every call, since something in it is made anew each time: from now on it runs "

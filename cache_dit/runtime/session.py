@@ -33,6 +33,8 @@ from .tracing import Capture, Tracing
 
 # Forecasts that 'auto' compares: all of them use the residuals that the others need too.
 AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
+# Runs of up to so many steps are those of models that were made for few: much changes from one step to the next.
+FEW_STEPS = 6
 # Contexts kept: a server may name each request.
 MAX_CONTEXTS = 64
 COMPUTE_FIRST = Decision(False, "first_call")
@@ -567,6 +569,10 @@ class Session:
         warmup, steps = options.warmup_steps, self.clock.num_steps
         if options.schedule is None and warmup is not None and steps is not None and steps <= warmup:
             self.said.warn("few_steps", steps=steps, warmup=warmup)
+        elif options.schedule is None and warmup is not None and steps is not None and steps <= FEW_STEPS:
+            skipped = [n for n in range(warmup + 1, steps + 1) if n % options.skip_interval == 0]
+            if skipped:
+                self.said.warn("few_steps_skipped", steps=steps, skipped=", ".join(map(str, skipped)))
         places = options.strategy in ("adaptive", "sigma") and options.schedule is None
         if options.target_speedup is not None and not places:
             self.said.warn("target_speedup_unused")
