@@ -48,5 +48,19 @@ def chain_of_blocks(model: torch.nn.Module) -> list[str]:
     return [f"{path}.{name}" for path, part in lists for name, _ in part.named_children()]
 
 
+def loads_parts_by_hooks(model: torch.nn.Module) -> bool:
+    """Whether parts of the model get their weights at every call, from hooks of accelerate or diffusers that offload.
+
+    Each such hook breaks the graph, so that tracing the model as a whole is in vain.
+    """
+    return any(_offloads(part) for part in model.modules() if part is not model)
+
+
+def _offloads(part: torch.nn.Module) -> bool:
+    if getattr(getattr(part, "_hf_hook", None), "offload", False):
+        return True
+    return "group_offloading" in getattr(getattr(part, "_diffusers_hook", None), "hooks", ())
+
+
 def _has_equal_children(module: torch.nn.Module) -> bool:
     return any(count >= 2 for count in Counter(type(child) for child in module.children()).values())

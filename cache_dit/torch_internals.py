@@ -129,8 +129,13 @@ def hint_of(size: Any) -> Any:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """The same number for tensors that share their memory; fake tensors too."""
-    return id(tensor) if parts_of(tensor) is not None else int(tensor.untyped_storage()._cdata)
+    """The same number for tensors that share their memory; fake tensors too. A tensor that hides its memory stands alone."""
+    return int(tensor.untyped_storage()._cdata) if shows_memory(tensor) else id(tensor)
+
+
+def shows_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory of its own to show: one made of others has not, nor one that vmap wraps."""
+    return parts_of(tensor) is None and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def parts_of(tensor: torch.Tensor) -> tuple[str, list[torch.Tensor]] | None:

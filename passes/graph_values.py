@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_internals import hint_of, is_higher_order, is_mutable_overload, memory_of, parts_of, symbol_of
+from ..torch_internals import hint_of, is_higher_order, is_mutable_overload, memory_of, shows_memory, symbol_of
 
 _MUTATING_FUNCTIONS = frozenset(
     {
@@ -158,9 +158,9 @@ def viewed_argument(node: fx.Node) -> fx.Node | None:
 
 
 def knows_memory(node: fx.Node) -> bool:
-    """Whether the node's example value tells what it shares memory with: those of tensors made of others do not."""
+    """Whether the node's example value tells what it shares memory with."""
     tensors = tensors_in(example_of(node))
-    return bool(tensors) and all(parts_of(tensor) is None for tensor in tensors)
+    return bool(tensors) and all(map(shows_memory, tensors))
 
 
 def is_random(node: fx.Node) -> bool:

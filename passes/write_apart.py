@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..torch_internals import is_higher_order, memory_of
-from .graph_values import example_of, is_mutation, mutated_argument, tensors_in, viewed_argument
+from .graph_values import example_of, is_mutation, knows_memory, mutated_argument, tensors_in, viewed_argument
 from .module_paths import is_compute
 
 # What writes to its first argument, and what gives the same value without writing.
@@ -48,8 +48,8 @@ def write_apart(gm: fx.GraphModule, *, copying: bool = False) -> int:
         %u = use(%x)                          ->      %y = call_method[add_](%w, %z)
                                                       %u = use(%c)
 
-    *Leaves alone* what is written to inputs and weights and, without ``copying``, memory that another value shares which is
-    read later.
+    *Leaves alone* what is written to inputs, weights and tensors that hide their memory and, without ``copying``, memory
+    that another value shares which is read later.
 
     *Exact*: the same values; where types differ, the sum is brought back to that of ``%x``, as in place.
     """
@@ -57,7 +57,7 @@ def write_apart(gm: fx.GraphModule, *, copying: bool = False) -> int:
     rewritten = 0
     for node in list(gm.graph.nodes):
         written = mutated_argument(node)
-        if written is None or not isinstance(example_of(written), torch.Tensor) or not memory.is_own(written, node):
+        if written is None or not knows_memory(written) or not memory.is_own(written, node):
             continue
         others = memory.read_behind(written, node)
         plain = _OUT_OF_PLACE.get(node.target)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backend import OwnedBackend, owned_backend
-from ..structure import chain_of_blocks, main_list
+from ..structure import chain_of_blocks, loads_parts_by_hooks, main_list
 from ..texts import text
 from ..torch_internals import (
     COMPILE_SLOT,
@@ -94,6 +94,7 @@ class CachedCall:
         with session.lock:
             compiled = self._compiled
             if compiled is None:
+                self._skip_tracing_in_vain()
                 compiled = self._compiled = self._compile()
             token = active_session.set(session)
             try:
@@ -132,6 +133,12 @@ class CachedCall:
             if gathers_by_hooks(self._module) and session.tracing.blocks_may_help:
                 # hooks that gather weights break every graph between the blocks
                 session.tracing.capture = self._capture = Capture.BLOCKS
+
+    def _skip_tracing_in_vain(self) -> None:
+        """Begin block by block where nothing else would come of it."""
+        tracing = self.session.tracing
+        if tracing.capture is Capture.DEFAULT and tracing.blocks_may_help and loads_parts_by_hooks(self._module):
+            tracing.capture = self._capture = Capture.BLOCKS
 
     def _compile(self) -> Callable[..., Any]:
         """The model compiled in the way that the session says."""

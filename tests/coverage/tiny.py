@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ class Draw:
         return torch.randint(0, high, shape, generator=self._generator)
 
 
+@contextlib.contextmanager
+def _memory_as_it_comes_is_nan() -> Iterator[None]:
+    """``torch.empty`` gives NaN: what a class leaves uninitialised may look like weights, others in each model."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @dataclass(frozen=True, slots=True)
 class TinyModel:
     """A class of diffusers in a size that runs in milliseconds.
@@ -88,7 +100,8 @@ class TinyModel:
         module = importlib.import_module(discovered()[self.name])
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            model: nn.Module = getattr(module, self.name)(**self.config).eval()
+            with _memory_as_it_comes_is_nan():
+                model: nn.Module = getattr(module, self.name)(**self.config).eval()
             for parameter in model.parameters():
                 size = float(parameter.double().abs().mean())
                 if not 1e-4 < size < 10.0:

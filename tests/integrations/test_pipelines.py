@@ -324,6 +324,21 @@ def test_blocks_whose_weights_are_loaded_at_every_call(fresh_dynamo: None) -> No
         torch.testing.assert_close(HOOKED.sample(pipeline), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}])
+def test_group_offload_is_cached_block_by_block_at_once(fresh_dynamo: None, groups: dict[str, Any]) -> None:
+    """Its hooks break every graph, so nothing is traced in vain."""
+    pipeline = HOOKED.build()
+    wanted = HOOKED.sample(HOOKED.cached_by_hand(pipeline))
+    device = torch.device("cpu")
+    pipeline.transformer.enable_group_offload(onload_device=device, offload_device=device, **groups)
+    cache_dit.enable_cache(pipeline, **EXACT)
+    for run in (1, 2):
+        torch.testing.assert_close(without_warnings(HOOKED, pipeline), wanted, rtol=1e-4, atol=1e-5)
+        assert counts(pipeline) == (run, 8 * run, 8 * run, 3 * run)
+    assert cache_dit.get_stats(pipeline).compile_calls == 1
+    assert sessions_of(pipeline.transformer)[0].counters.refused == {}
+
+
 # one layer of the second block alone: each hook is a graph break, which takes long to trace
 STORED_AS_BFLOAT16: dict[str, Any] = {
     "storage_dtype": torch.bfloat16,

@@ -127,6 +127,19 @@ def test_a_result_is_dense_where_what_was_written_to_was_not() -> None:
     assert made.meta["example_value"].stride() == (2, 1)
 
 
+def test_what_vmap_wraps_hides_its_memory_and_is_left_alone() -> None:
+    class Mapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.vmap(lambda each: each.mul(2.0).add_(1.0))(x)
+            h += 1.0
+            return h
+
+    gm = capture(Mapped(), torch.ones(3, 4))
+    assert write_apart(gm, copying=True) > 0
+    gm.recompile()
+    assert torch.equal(gm(torch.ones(3, 4))[0], torch.full((3, 4), 4.0))
+
+
 def _slices(x: Tensor) -> tuple[Tensor, ...]:
     h = x * 2.0
     h[:, :2] += 1.0
