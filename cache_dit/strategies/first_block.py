@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .adaptive import FrontRule
 from .decision import StepView
+from .front_clock import FrontRule
 
 
 @dataclass(frozen=True, slots=True)
