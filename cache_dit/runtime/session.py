@@ -535,6 +535,7 @@ class Session:
             clock=context.clock,
             last_increment=context.last_increment,
             forecast_error=store.errors.get(self._forecast_name(store)),
+            last_gap=store.gap,
         )
         decision = self.strategy.decide(view)
         if step == 1:
