@@ -122,7 +122,7 @@ def enable_cache(
         warn("already_enabled", options.language)
         return model
     for module in targets:
-        if not may_have_blocks(module):
+        if options.region is None and not may_have_blocks(module):
             raise NoBlocksError(text("no_transformer", options.language))
     for module in targets:
         _enable(module, options)

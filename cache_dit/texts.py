@@ -135,6 +135,13 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "the run has {steps} steps, all within the warm-up of {warmup}: nothing is skipped. Models of few steps change much "
         "from one to the next, so skipping shows; to skip all the same set warmup_steps=1",
     ),
+    "few_steps_skipped": (
+        "本次采样只有 {steps} 步，其中第 {skipped} 步会被跳过。步数很少的模型相邻两步差别很大，跳过往往看得出来\n"
+        "解决方案: 请对比有无缓存的图片；不想跳过时请设置 warmup_steps={steps}",
+        "the run has {steps} steps, of which {skipped} will be skipped. Models of few steps change much from one to the next, "
+        "so skipping may show\n"
+        "Remedy: compare the pictures with and without; warmup_steps={steps} skips none",
+    ),
     "context_recompiles": (
         "上下文 {context} 每次调用都会重新编译（其中有对象每步都被重新创建），之后不再编译和缓存它；其他上下文照常缓存",
         "the context {context} compiles at every call, since something in it is made anew each time: from now on it runs "
@@ -339,8 +346,9 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "the blocks draw random numbers ({detail}), and skipping them would move your random state; call model.eval()",
     ),
     "refusal_writes_outside": (
-        "这些块原地修改了外部的张量（{detail}），跳过会丢失该修改",
-        "the blocks write in place to a tensor that lives outside ({detail}), and skipping them would lose that",
+        "这些块原地修改了外部的张量（{detail}），跳过会丢失该修改；请让各块返回新的张量，或用 region= 指定其他部分",
+        "the blocks write in place to a tensor that lives outside ({detail}), and skipping them would lose that; let the "
+        "blocks return new tensors, or name another part with region=",
     ),
     "refusal_cuts_context": (
         "缓存区域的边界切断了 autocast 等上下文（{detail}）",
@@ -407,8 +415,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "    leaves the region: {value}, cached as its difference from {base}",
     ),
     "explain_whole": (
-        "    离开缓存区域: {value}，整体缓存（没有同形状的输入）",
-        "    leaves the region: {value}, cached whole (no input of its shape)",
+        "    离开缓存区域: {value}，整体缓存（它不是在某个输入上累加得到的）",
+        "    leaves the region: {value}, cached whole (it is no input with something added)",
     ),
     "explain_buffers": (
         "    缓存占用: 每个上下文 {size}（保存 {history} 步）；编译形式: {lowering}",
@@ -478,6 +486,17 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "step -> dictionary), the folder of a diffusers pipeline or model, or demo",
     ),
     "cli_help_prompt": ("管线的提示词", "prompt for a pipeline"),
+    "cli_help_pipeline": (
+        "用 diffusers 的哪个类载入管线文件夹（默认为 model_index.json 中的类）",
+        "class of diffusers to load a pipeline's folder as (default: the one that model_index.json names)",
+    ),
+    "cli_help_call": (
+        "管线调用的其他参数，例如 num_frames=17、image=cat.png，可多次给出",
+        "another argument of the pipeline's call, such as num_frames=17 or image=cat.png; may be given several times",
+    ),
+    "cli_wrong_call": ("--call {given}: 应为 名称=值", "--call {given}: name=value is wanted"),
+    "cli_unknown_call": ("该管线的调用没有参数 {names}", "the call of this pipeline has no arguments {names}"),
+    "cli_unread_picture": ("无法读取图片 {path}（{error}）", "the picture {path} cannot be read ({error})"),
     "cli_help_size": ("管线图片的尺寸（像素）", "size of a pipeline's pictures, in pixels"),
     "cli_help_device": (
         "载入文件夹时使用的设备，例如 cuda（默认: 有 GPU 时为 GPU）",
@@ -549,8 +568,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "dictionary; it returned: {kinds}",
     ),
     "cli_pipeline_needs": (
-        "该管线还需要参数 {names}；请改用 package.module:function",
-        "this pipeline also needs the arguments {names}; write a package.module:function instead",
+        "该管线还需要参数 {names}；请用 --call 名称=值 给出，或改用 package.module:function",
+        "this pipeline also needs the arguments {names}; give them as --call name=value, or write a package.module:function",
     ),
     "cli_no_inputs": (
         "无法为 {model} 推测输入（{error}）；请改用返回 (model, inputs) 的 package.module:function",
