@@ -381,6 +381,7 @@ def test_a_control_network_is_heard(server: Server) -> None:
     by_hand = flow.add("TestEagerCache", model=flow.model(copy=1), family="flux", schedule=schedule)
     flow.add("TestDifference", "cached", a=cached, b=flow.sample(by_hand, **dict(both)))
     flow.add("CacheDitStats", "stats", trigger=cached)
+    flow.facts(cached)
     # a network that leaves in the middle of the run leaves another graph behind
     in_part = {"positive": half, "negative": [half[0], 1]}
     never = flow.sample(configured(flow, flow.model(), schedule="1" * 8), **dict(in_part))
@@ -390,6 +391,8 @@ def test_a_control_network_is_heard(server: Server) -> None:
     assert shown["effect"]["difference"] > 1e-2
     assert hits(shown["stats"]) == 3
     assert shown["cached"]["difference"] <= 1e-4 * shown["cached"]["size"]
+    # with a remedy that a workflow has
+    assert any("does not hear it" in each and "CacheDit Advanced Config" in each for each in shown["facts"]["said"])
 
 
 def test_video_with_sound_is_cached(server: Server) -> None:
