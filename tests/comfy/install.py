@@ -115,7 +115,8 @@ def take_chromium() -> None:
     print("Installing Chromium with apt-get for the tests in a browser", flush=True)
     try:
         run([apt, "update", "-qq"])
-        run([apt, "install", "-y", "-qq", "--no-install-recommends", "chromium"])
+        # the font is for whoever looks at the screenshots
+        run([apt, "install", "-y", "-qq", "--no-install-recommends", "chromium", "fonts-wqy-microhei"])
     except Unavailable as error:
         print(f"Chromium cannot be installed here, so the tests in a browser will be skipped: {error}", file=sys.stderr)
 

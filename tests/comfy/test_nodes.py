@@ -111,6 +111,14 @@ def test_the_registry_finds_what_it_asks_for() -> None:
     assert (ROOT / "comfy/web/icon.png").stat().st_size < 100_000
 
 
+def test_the_registrys_archive_holds_all_that_comfyui_reads() -> None:
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = {line.rstrip("/") for line in lines if line and not line.startswith("#")}
+    assert all((ROOT / name).is_dir() for name in left_out)
+    read = {"__init__.py", "cache_dit", "passes", "comfy", "locales", "example_workflows", "pyproject.toml", "LICENSE", "docs"}
+    assert not left_out & read
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
 def test_example_workflows_hold_nodes_as_they_are_defined(path: Path) -> None:
     workflow = json.loads(path.read_text(encoding="utf-8"))
