@@ -784,20 +784,29 @@ def test_progress_is_shown_on_the_node(server: Server) -> None:
 
 
 def test_the_old_dialect_beside_the_other_project(tree: Path, comfy_version: str, tmp_path: Path) -> None:
-    """Another package called cache_dit is installed: its import stays as it is, and the nodes work all the same."""
+    """Another package called cache_dit is installed: its import stays as it is, and the nodes work all the same.
+
+    So they do without a compiler: inductor gives way to eager, with one message.
+    """
     from server import running
 
     other = tmp_path / "other/cache_dit"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("mine = 'the other project'\n")
-    with running(tree, tmp_path / "home", CACHE_DIT_LANG="en", CACHE_DIT_COMFY_NODES="v1", PACKAGES=str(other.parent)) as old:
+    environment = {"CACHE_DIT_LANG": "en", "CACHE_DIT_COMFY_NODES": "v1", "PACKAGES": str(other.parent), "CXX": "/no/compiler"}
+    with running(tree, tmp_path / "home", **environment) as old:
         flow = workflow("sd3")
-        samples = flow.sample(configured(flow, flow.model(), schedule="1110"), steps=4)
+        samples = flow.sample(configured(flow, flow.model(), schedule="1110", inner="inductor"), steps=4)
         flow.add("CacheDitStats", "stats", trigger=samples)
         flow.add("CacheDitTimeline", "timeline", trigger=samples)
         flow.add("TestImport", "import", after=samples, module="cache_dit")
+        by_hand = flow.add("TestEagerCache", model=flow.model(copy=1), family="sd3", schedule="1110")
+        flow.add("TestDifference", "difference", a=samples, b=flow.sample(by_hand, steps=4))
         shown = old.run(flow.nodes)
         assert hits(shown["stats"]) == 1
+        assert shown["difference"]["difference"] <= 1e-4 * shown["difference"]["size"]
         assert shown["timeline"]["images"]
         assert shown["import"] == {"mine": "the other project"}
-        assert old.log.read_text().count("Another project provides the module cache_dit") == 1
+        log = old.log.read_text()
+        assert log.count("Another project provides the module cache_dit") == 1
+        assert log.count("install a C++ compiler or Triton") == 1
