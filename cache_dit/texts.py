@@ -6,6 +6,7 @@ A new text is one entry of `TEXTS`: its key, the Chinese and the English form wi
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Final
 
 LANGUAGES: Final = ("zh", "en")
@@ -263,6 +264,20 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "comfy_run_off": (
         "采样完成: {steps} 步，缓存已关闭",
         "sampling done: {steps} steps, the cache is off",
+    ),
+    # The same as without the prefix, with remedies that a workflow has.
+    "comfy_control_ignored": (
+        "从外部进入被缓存块的输入（例如 ControlNet 的输出）在跳过的步上改变了 {moved:.1f}%，这些步听不到这种变化\n"
+        "解决方案: 需要时让这些步照常计算: 用 CacheDit 高级配置 的计划表、开始位置或结束位置",
+        "What enters the cached blocks from outside (such as a control network's output) moved by {moved:.1f} % at a skipped "
+        "step, which does not hear it\n"
+        "Remedy: where that matters, let those steps compute: schedule, start_percent or end_percent of CacheDit Advanced "
+        "Config",
+    ),
+    "comfy_out_of_memory": (
+        "没有足够的内存存放缓存，本模型照常计算\n解决方案: 在 CacheDit 高级配置 中把预测方法设为 reuse，或减小图片或批量",
+        "Not enough memory for the cache: the model computes as usual\n"
+        "Remedy: forecast reuse in CacheDit Advanced Config, or a smaller picture or batch",
     ),
     "comfy_forward_replaced": (
         "另一个节点包替换了 {what} 的前向函数，因此本次未使用缓存\n解决方案: 移除该节点，或将其放在 CacheDiT 节点之后",
@@ -750,15 +765,25 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
+_preferred: Callable[[], str | None] = lambda: None  # noqa: E731
+
+
+def prefer_language(ask: Callable[[], str | None]) -> None:
+    """Let the program around this package say its user's language: `ask` gives it at each text, or None."""
+    global _preferred
+    _preferred = ask
+
+
 def resolve_language(language: str | None = None) -> str:
-    """Return `'zh'` or `'en'`: `language`, else the variable `CACHE_DIT_LANG`, else `'zh'`.
+    """Return `'zh'` or `'en'`: `language`, else the variable `CACHE_DIT_LANG`, else what the program around us prefers
+    (`prefer_language`), else `'zh'`.
 
     Raises:
-        ValueError: `language` is neither None nor one of `LANGUAGES`. Other values of the variable mean `'zh'`.
+        ValueError: `language` is neither None nor one of `LANGUAGES`. Other values of the variable say nothing.
     """
     if language is None:
         wanted = os.environ.get(LANGUAGE_VARIABLE, "").strip().lower()
-        return wanted if wanted in LANGUAGES else LANGUAGES[0]
+        return wanted if wanted in LANGUAGES else _preferred() or LANGUAGES[0]
     if language not in LANGUAGES:
         raise ValueError(f"language {language!r}; allowed: {', '.join(map(repr, LANGUAGES))} or None")
     return language
