@@ -186,6 +186,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "Remedy: torch's recompile limit was probably reached (torch._dynamo.config.recompile_limit), or compiling is "
         "disabled; raise the limit or call torch._dynamo.reset()",
     ),
+    "transform": (
+        "调用处于 {what} 之中，照常计算，不使用缓存\n解决方案: 结果正确，无需处理；要使用缓存请在其外调用模型",
+        "A call under {what} computes as usual, without the cache\n"
+        "Remedy: the result is right; call the model outside of it where it is to be cached",
+    ),
     "no_timestep": (
         "模型输入中找不到时间步，无法区分各次采样，因此每一步都照常计算\n"
         "解决方案: 每次采样前调用 cache_dit.new_run(model)，正负提示词分开调用时再用 cache_dit.context(model, name)",
@@ -403,6 +408,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "count_no_region": ("没有可缓存的块", "no blocks to cache"),
     "count_grad_mode": ("梯度模式", "grad mode"),
     "count_not_compiled": ("没有被编译", "not compiled"),
+    "count_transform": ("处于 torch 的变换或追踪之中", "under a transform or tracing of torch"),
     # explain.
     "explain_title": ("=== CacheDiT: {name}（{status}） ===", "=== CacheDiT: {name} ({status}) ==="),
     "explain_not_called": (

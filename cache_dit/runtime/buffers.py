@@ -89,6 +89,7 @@ class ResidualStore:
         self.points = ()
         self.gap = None
         self.pending = None
+        self.weights.forget()
         self.change = self.agreed_change = None
         self.front_known = False
         self.errors.clear()
@@ -113,6 +114,10 @@ class WeightMark:
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
         self.references = [weakref.ref(weight) for weight in weights]
         self.versions = write_counters(weights)
+
+    def forget(self) -> None:
+        """Where nothing is stored nothing is watched: torch does not exchange a tensor's content under a weak reference."""
+        self.references.clear()
 
     def matches(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, not written to since."""

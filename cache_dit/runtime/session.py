@@ -185,6 +185,11 @@ class Session:
             self._log(forward)
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether a call of the model has begun and not ended."""
+        return self._forward is not None
+
+    @property
     def runs_eager(self) -> bool:
         """Whether the call that has begun belongs to a context that is not worth compiling."""
         forward = self._forward
@@ -234,6 +239,14 @@ class Session:
         self.tracing.uncached[graph] = None
         if self._forward is not None:
             self._forward.uncached += 1
+
+    def note_transform(self, what: str) -> None:
+        """A call that torch transforms, or traces, runs as if caching were off: no step is counted, so the run ends with it."""
+        with self.lock:
+            self.abort()
+            self.counters.calls += 1
+            self.counters.refuse("transform")
+            self.said.warn("transform", what=what)
 
     def _run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
         if graph not in self.tracing.cached:
@@ -450,9 +463,10 @@ class Session:
             store.forget()
             why = "shape_changed"
         if not store.weights.matches(weights):
+            if store.points:
+                why = "weights_changed"
             store.forget()
             store.weights = type(store.weights)(weights)
-            why = "weights_changed"
         return store, why
 
     def _release_stale(self, context: Context, step: int) -> None:
