@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from .backend import owned_backend
+from .calibration import Calibration
 from .errors import CacheDitError, NoBlocksError
 from .explanation import Explanation, explain_session
 from .integrations import comfyui
@@ -51,6 +53,7 @@ def enable_cache(
     order: int | None = None,
     tolerance: float | None = None,
     target_speedup: float | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     correction: str | bool | None = None,
     max_consecutive_hits: int | None = None,
     control_refresh: bool | float | None = None,
@@ -86,6 +89,8 @@ def enable_cache(
         order: order of the forecast (1 to 3; default 1).
         tolerance: adaptive: how far the input of the cached blocks may move, relative to its size, between computed steps.
         target_speedup: adaptive: by what factor the cached blocks' work is to fall over a run.
+        calibration: adaptive with a ``target_speedup``: what `calibrate` measured, or its file, to place
+            computed steps by.
         correction: ``'auto'`` or a bool.
         max_consecutive_hits: the most steps skipped in a row (default 4; adaptive: its own choice).
         control_refresh: compute a step due to be skipped where what enters the cached blocks from outside (the outputs of a

@@ -333,6 +333,39 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "max_consecutive_hits is too low for target_speedup to be reached\n"
         "Remedy: raise max_consecutive_hits or lower target_speedup",
     ),
+    "calibration_unused": (
+        "calibration 只在 strategy='adaptive' 且给出 target_speedup 时起作用，目前被忽略",
+        "calibration works under strategy='adaptive' with a target_speedup alone and is ignored",
+    ),
+    "calibration_steps": (
+        "calibration 是为 {wanted} 步的采样测量的，本次采样有 {steps} 步，因此按噪声水平放置\n"
+        "解决方案: 用同样步数重新 calibrate",
+        "calibration was measured for runs of {wanted} steps and this one has {steps}: steps are placed by noise level\n"
+        "Remedy: calibrate with as many steps",
+    ),
+    "calibration_structure": (
+        "calibration 是为其他结构测量的（缓存的块不同），因此被忽略\n解决方案: 用相同的模型和选项重新 calibrate",
+        "calibration was measured for another structure (other blocks are cached) and is ignored\n"
+        "Remedy: calibrate this model with these options",
+    ),
+    "calibrate_one": (
+        "calibrate 需要只有一个去噪模型的对象\n解决方案: 分别传入每个 transformer",
+        "calibrate takes one denoiser\nRemedy: give it each transformer by itself",
+    ),
+    "calibrate_nothing": (
+        "没有任何块被缓存，无法 calibrate\n解决方案: cache_dit.explain(model) 说明原因",
+        "nothing is cached in this model, so there is nothing to measure\nRemedy: cache_dit.explain(model) says why",
+    ),
+    "calibrate_run": (
+        "calibrate 需要恰好一次至少 3 步的采样，得到 {runs} 次采样、{steps} 步\n"
+        "解决方案: run 只做一次采样，使用 torch.no_grad()",
+        "calibrate wants one run of at least 3 steps and got {runs} runs, {steps} steps\n"
+        "Remedy: let run make one sampling, under torch.no_grad()",
+    ),
+    "calibrate_still": (
+        "缓存的块在整个采样中没有变化，无法 calibrate",
+        "what the cached blocks add did not change over the run: there is nothing to go by",
+    ),
     "target_speedup_unused": (
         "target_speedup 只在 strategy='adaptive' 下起作用，目前被忽略\n解决方案: 使用 strategy='adaptive'",
         "target_speedup works under strategy='adaptive' alone and is ignored\nRemedy: use strategy='adaptive'",

@@ -7,13 +7,15 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from ..calibration import structure_of
 from ..errors import CacheDitError, NoBlocksError
 from ..forecasts import FORECASTS, Point, choose_forecast
+from ..graph_report import GraphReport
 from ..messages import SaidOnce, announce
 from ..options import CacheOptions
 from ..statistics import CacheStats, Counters, stats_from
@@ -251,6 +253,7 @@ class Session:
     def _run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
         if graph not in self.tracing.cached:
             self.tracing.cached[graph] = None
+            self._drop_other_calibration(graph.report)
             if self.ranks is None:
                 option = self.options.group
                 self.join(find_members(None, option, graph.report.groups))
@@ -599,8 +602,27 @@ class Session:
         places = options.strategy in ("adaptive", "sigma") and options.schedule is None
         if options.target_speedup is not None and not places:
             self.said.warn("target_speedup_unused")
+        self._said_about_calibration()
         for key in self.strategy.notes():
             self.said.warn(key)
+
+    def _said_about_calibration(self) -> None:
+        options, steps = self.options, self.clock.num_steps
+        if options.calibration is None:
+            return
+        if options.strategy != "adaptive" or options.schedule is not None or options.target_speedup is None:
+            self.said.warn("calibration_unused")
+        elif steps != options.calibration.num_steps:
+            self.said.warn("calibration_steps", wanted=options.calibration.num_steps, steps="?" if steps is None else steps)
+
+    def _drop_other_calibration(self, report: GraphReport) -> None:
+        """A calibration of other blocks says nothing of these."""
+        calibration = self.options.calibration
+        if calibration is None or report.region is None or structure_of(report.region) == calibration.structure:
+            return
+        self.said.warn("calibration_structure")
+        self.options = replace(self.options, calibration=None)
+        self.strategy = build_strategy(self.options)
 
     # ---- forecasts ---------------------------------------------------------------------------------------------
 

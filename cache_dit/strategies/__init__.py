@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ..calibration import Calibration
 from ..options import DEFAULT_MAX_CONSECUTIVE_HITS, DEFAULT_SKIP_INTERVAL, DEFAULT_WARMUP_STEPS
 from .adaptive import PlacementStrategy
 from .decision import Decision, Reason, StepView, Strategy
@@ -46,6 +47,8 @@ class StrategyOptions(Protocol):
     def tolerance(self) -> float: ...
     @property
     def target_speedup(self) -> float | None: ...
+    @property
+    def calibration(self) -> Calibration | None: ...
 
 
 def _or_else(given: int | None, default: int) -> int:
@@ -83,6 +86,7 @@ def _adaptive(options: StrategyOptions) -> Strategy:
         skip_interval=options.skip_interval,
         max_consecutive_hits=options.max_consecutive_hits,
         part=PartOfRun(options.start_percent, options.end_percent),
+        clock=None if options.calibration is None else options.calibration.clock,
     )
     return PlacementStrategy(rules, options.tolerance)
 
