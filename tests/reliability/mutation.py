@@ -261,9 +261,14 @@ def record(file: str) -> None:
     path.write_text(json.dumps(recorder.tests, indent=0), encoding="utf-8")
 
 
-def record_missing() -> None:
-    for file in FILES:
-        if (ROOT / file).exists() and not record_of(file).exists():
+def files_of_tests(named: Sequence[str] = ()) -> list[str]:
+    """Those that are there; of them those whose names hold one of these parts, if any is given."""
+    return [file for file in FILES if (ROOT / file).exists() and (not named or any(part in file for part in named))]
+
+
+def record_missing(files: Sequence[str]) -> None:
+    for file in files:
+        if not record_of(file).exists():
             start = time.monotonic()
             in_child(lambda file=file: record(file) or 0, 3600.0, quiet=False)  # type: ignore[misc]
             if not record_of(file).exists():
@@ -274,16 +279,15 @@ def record_missing() -> None:
 class Reach:
     """Which tests reach a line of a module."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, files: Sequence[str]) -> None:
         self._module = module
         self.seconds: dict[str, float] = {}
         self._lines: dict[str, set[int]] = {}
-        for file in FILES:
-            if (ROOT / file).exists():
-                for test, about in json.loads(record_of(file).read_text(encoding="utf-8")).items():
-                    lines = {int(line.partition(":")[2]) for line in about["lines"] if line.startswith(f"{module}:")}
-                    if lines and about["seconds"] <= LONGEST:
-                        self.seconds[test], self._lines[test] = about["seconds"], lines
+        for file in files:
+            for test, about in json.loads(record_of(file).read_text(encoding="utf-8")).items():
+                lines = {int(line.partition(":")[2]) for line in about["lines"] if line.startswith(f"{module}:")}
+                if lines and about["seconds"] <= LONGEST:
+                    self.seconds[test], self._lines[test] = about["seconds"], lines
         self._statements = list(_statements(ast.parse(path_of(module).read_text(encoding="utf-8"))))
 
     def of(self, line: int) -> list[str]:
@@ -386,9 +390,11 @@ def outcome(tests: Sequence[str], mutant: Mutant | None, limit: float) -> Outcom
     return Outcome(how, by, time.monotonic() - start)
 
 
-def measure(module: str, sample: int | None, seed: int, numbers: Collection[int]) -> tuple[int, int, list[Mutant]]:
+def measure(
+    module: str, files: Sequence[str], sample: int | None, seed: int, numbers: Collection[int]
+) -> tuple[int, int, list[Mutant]]:
     """Number of changes tried, number noticed, and those that were not."""
-    reach = Reach(module)
+    reach = Reach(module, files)
     mutants = list(mutants_of(module))
     print(f"{module}: {len(mutants)} changes; {len(reach.seconds)} tests reach it", flush=True)
     if numbers:
@@ -439,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, help="try so many changes of each module, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="+", default=[], help="try these changes of one module again")
+    parser.add_argument("--files", nargs="+", default=[], help="only the files of tests whose names hold one of these parts")
     parser.add_argument("--record", action="store_true", help="record what each test reaches and try nothing")
     parser.add_argument("--show", type=int, help="print one change and try nothing")
     parser.add_argument("--list", action="store_true", help="print every change and try nothing")
@@ -451,10 +458,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(mutant)
         return 0
     warm()
-    record_missing()
+    files = files_of_tests(given.files)
+    record_missing(files)
     if given.record:
         return 0
-    results = {module: measure(module, given.sample, given.seed, given.only) for module in modules}
+    results = {module: measure(module, files, given.sample, given.seed, given.only) for module in modules}
     for module, (_, _, survivors) in results.items():
         print(f"\n{module}: {len(survivors)} not noticed")
         for mutant in survivors:

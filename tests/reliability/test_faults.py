@@ -264,7 +264,6 @@ def test_a_broken_compile_cache_on_disk_costs_time_alone(tmp_path: Path, damage:
 DAMAGES = {
     "spoilt": "[f.write_bytes(b'spoilt') for f in folder.rglob('*') if f.is_file() and f.suffix != '.so']",
     "removed": "shutil.rmtree(folder)",
-    "a file": "shutil.rmtree(folder), folder.write_text('no folder')",
 }
 
 AGAIN = """
@@ -285,7 +284,7 @@ print("hits", cache_dit.get_stats(model).hits)
 @pytest.mark.soak
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_compile_cache_that_breaks_in_mid_session(tmp_path: Path, damage: str) -> None:
-    """New shapes compile all the same, or run as traced: cached, and right."""
+    """New shapes compile all the same."""
     folder = tmp_path / "cache"
     folder.mkdir()
     settings = {
