@@ -217,6 +217,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "whole_calls_modules": ("图中含有未展开的模块调用", "its graph calls modules that were not traced into"),
     "whole_sizes_unknown": ("block 之间的张量大小取决于数据", "tensors whose sizes depend on data pass between its blocks"),
     "whole_no_example": ("block 之间传递的值类型未知", "values of unknown type pass between its blocks"),
+    "whole_distributed": ("图中含有 DTensor", "its graph holds distributed tensors (DTensor)"),
     "whole_blockwise": ("它按 block 逐个缓存，各自编译", "it is cached block by block, each compiled by itself already"),
     "correction_unknown": (
         "本次采样的噪声水平、求解器或预测类型未知（或求解器带随机噪声），已跳过的步骤不会被修正\n"
@@ -355,8 +356,9 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "the sizes of its outputs depend on data and are not known before the call",
     ),
     "refusal_distributed_tensor": (
-        "离开缓存区域的是 DTensor；解决方案: 让各块返回本地张量（use_local_output=True）",
-        "what leaves the region is a DTensor; remedy: let the blocks return local tensors (use_local_output=True)",
+        "离开缓存区域的 DTensor 与进入时的切分方式不同；解决方案: 让各块保持切分方式，或返回本地张量（use_local_output=True）",
+        "a DTensor leaves the region split otherwise than one enters; remedy: let the blocks keep its placements, or return "
+        "local tensors (use_local_output=True)",
     ),
     "refusal_grad_mode": ("在梯度模式下追踪", "traced in grad mode"),
     "refusal_other": ("{reason} {detail}", "{reason} {detail}"),
