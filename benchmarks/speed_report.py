@@ -138,7 +138,7 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
 
 
 def plot_run(measured: Mapping[str, Found], file: Path, title: str) -> None:
-    """Milliseconds of each step along a run, one line a variant that skips or is a measure."""
+    """Milliseconds of each step along one run, one line a variant that skips or is a measure."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 4.5))
@@ -147,14 +147,20 @@ def plot_run(measured: Mapping[str, Found], file: Path, title: str) -> None:
         found = measured.get(name, {})
         if "steps" not in found:
             continue
-        places = sorted({each["place"] for each in found["steps"]})
-        values = [statistics.median(e["seconds"] for e in found["steps"] if e["place"] == place) * 1e3 for place in places]
+        run = _one_run(found["steps"])
+        places, values = [each["place"] for each in run], [each["seconds"] * 1e3 for each in run]
         axes.plot(places, values, marker="o", markersize=3, linewidth=1, label=name)
     axes.set(xlabel="step of the run", ylabel="milliseconds", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, file)
+
+
+def _one_run(steps: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    """The first run that was measured from its first step; no medians over runs, since some change turns between them."""
+    starts = [i for i, each in enumerate(steps) if each["place"] == 0]
+    return steps[starts[0] : starts[1]] if len(starts) > 1 else steps[: len({each["place"] for each in steps})]
 
 
 def plot_depth(measured: Mapping[str, Mapping[str, Found]], file: Path) -> None:
