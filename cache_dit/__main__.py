@@ -103,6 +103,9 @@ def _add_subject(parser: argparse.ArgumentParser, language: str | None) -> None:
     parser.add_argument("--prompt", default="a photo of a cat", help=text("cli_help_prompt", language))
     for name in ("--height", "--width"):
         parser.add_argument(name, type=int, metavar="PIXELS", help=text("cli_help_size", language))
+    parser.add_argument("--pipeline", metavar="CLASS", help=text("cli_help_pipeline", language))
+    call_help = text("cli_help_call", language)
+    parser.add_argument("--call", action="append", default=[], metavar="NAME=VALUE", help=call_help)
     parser.add_argument("--device", help=text("cli_help_device", language))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text("cli_help_dtype", language))
     for name in ("--front-blocks", "--back-blocks"):
@@ -235,7 +238,7 @@ _LOOK_UPS: dict[str, Callable[[str | None], str]] = {
 
 
 def _subject(options: argparse.Namespace) -> Subject:
-    names = ("prompt", "height", "width", "device", "dtype")
+    names = ("prompt", "height", "width", "device", "dtype", "pipeline", "call")
     return load_subject(options.model, Request(**{name: getattr(options, name) for name in names}), options.language)
 
 
@@ -463,6 +466,11 @@ class PipelineSubject(Subject):
             **self._request.arguments(),
         }
         parameters = signature(type(pipeline).__call__).parameters
+        further = self._request.further(self._language)
+        unknown = sorted(further.keys() - parameters.keys())
+        if unknown:
+            raise CommandError(text("cli_unknown_call", self._language, names=", ".join(unknown)))
+        given.update(further)
         needed = {name for name, each in parameters.items() if each.default is each.empty and each.kind not in _VARIADIC}
         missing = sorted(needed - {"self", *given})
         if missing:
@@ -531,6 +539,8 @@ class Request:
         height, width: of the pictures, in pixels.
         device: ``'cuda'``, ...; None: a GPU where there is one.
         dtype: name of a dtype of torch.
+        pipeline: class of diffusers to load the folder as.
+        call: further arguments of a pipeline's call, each ``name=value``.
     """
 
     prompt: str
@@ -538,17 +548,49 @@ class Request:
     width: int | None = None
     device: str | None = None
     dtype: str | None = None
+    pipeline: str | None = None
+    call: Sequence[str] = ()
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of a pipeline's call by the names that pipelines give them."""
         given = {"prompt": self.prompt, "class_labels": [0, 1], "height": self.height, "width": self.width}
         return {name: value for name, value in given.items() if value is not None}
 
+    def further(self, language: str | None) -> dict[str, Any]:
+        """What ``call`` says: values as JSON, else as text; the text behind a name with "image" is a picture's file.
+
+        Raises:
+            CommandError: one is not ``name=value``, or names no picture.
+        """
+        found = {}
+        for each in self.call:
+            name, equals, value = each.partition("=")
+            if not equals or not name.isidentifier():
+                raise CommandError(text("cli_wrong_call", language, given=each))
+            found[name] = _picture(value, language) if "image" in name.split("_") else _json_or_text(value)
+        return found
+
     def place(self) -> str:
         """The device to run on."""
         import torch
 
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _picture(path: str, language: str | None) -> Any:
+    from .compare import require
+
+    try:
+        return require("PIL.Image", language).open(path).convert("RGB")
+    except OSError as error:
+        raise CommandError(text("cli_unread_picture", language, path=path, error=_told(error))) from error
 
 
 def load_subject(name: str, request: Request, language: str | None) -> Subject:
@@ -598,7 +640,8 @@ def _load_folder(folder: Path, request: Request, language: str | None) -> Subjec
     diffusers = require("diffusers", language)
     try:
         if is_pipeline:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), **_load_arguments(request), **_left_out(folder))
+            kind = getattr(diffusers, request.pipeline or "DiffusionPipeline")
+            pipeline = kind.from_pretrained(str(folder), **_load_arguments(request), **_left_out(folder))
             return PipelineSubject(pipeline.to(request.place()), request, language)
         model = diffusers.AutoModel.from_pretrained(str(folder), **_load_arguments(request)).to(request.place())
     except Exception as error:

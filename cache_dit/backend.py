@@ -224,15 +224,7 @@ def rewrite_graph(
     graph = copy_dynamo_graph(gm)
     named = (program.region, program.region) if isinstance(program.region, str) else program.region
 
-    def chosen() -> passes.Region | passes.Refusal:
-        blocks = passes.find_blocks(graph)
-        return passes.choose_region(graph, blocks, front=program.front_blocks, back=program.back_blocks, named=named)
-
-    region = chosen()
-    if isinstance(region, passes.Refusal) and region.key == "writes_outside":
-        apart = passes.write_apart(graph)
-        record_rewrite("write_apart", apart, graph)
-        region = chosen() if apart else region
+    region = find_region(graph, front=program.front_blocks, back=program.back_blocks, named=named)
     if isinstance(region, passes.Refusal):
         return region
     controls = passes.control_inputs(graph, region)
@@ -251,6 +243,22 @@ def rewrite_graph(
     graph.graph.lint()
     graph.recompile()
     return Branched(graph, region, inputs, controls)
+
+
+def find_region(
+    graph: fx.GraphModule, *, front: int = 1, back: int = 0, named: tuple[str, str] | None = None
+) -> passes.Region | passes.Refusal:
+    """The analyses. Where blocks write to a stream that outlives them, the graph is rewritten first and searched once more."""
+
+    def chosen() -> passes.Region | passes.Refusal:
+        return passes.choose_region(graph, passes.find_blocks(graph), front=front, back=back, named=named)
+
+    region = chosen()
+    if isinstance(region, passes.Refusal) and region.key == "writes_outside":
+        apart = passes.write_apart(graph, copying=True)
+        record_rewrite("write_apart", apart, graph)
+        region = chosen() if apart else region
+    return region
 
 
 def _lowered(

@@ -10,12 +10,13 @@ import torch
 def may_have_blocks(model: torch.nn.Module) -> bool:
     """Whether some module holds two children of one class that are made of parts themselves: candidates for blocks.
 
-    A model that calls plain Python objects may still have blocks, so only models whose modules all lack such children are
+    Or whether a part of the model holds two children made of parts, as a block that runs again and again does. A model
+    that calls plain Python objects may still have blocks, so only models whose modules all lack such children are
     turned away before the first call.
     """
     for module in model.modules():
         composite = Counter(type(child) for child in module.children() if next(child.children(), None) is not None)
-        if any(count >= 2 for count in composite.values()):
+        if any(count >= 2 for count in composite.values()) or (module is not model and composite.total() >= 2):
             return True
         if isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)) and _has_equal_children(module):
             return True

@@ -6,6 +6,7 @@ A new text is one entry of `TEXTS`: its key, the Chinese and the English form wi
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Final
 
 LANGUAGES: Final = ("zh", "en")
@@ -135,6 +136,13 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "the run has {steps} steps, all within the warm-up of {warmup}: nothing is skipped. Models of few steps change much "
         "from one to the next, so skipping shows; to skip all the same set warmup_steps=1",
     ),
+    "few_steps_skipped": (
+        "本次采样只有 {steps} 步，其中第 {skipped} 步会被跳过。步数很少的模型相邻两步差别很大，跳过往往看得出来\n"
+        "解决方案: 请对比有无缓存的图片；不想跳过时请设置 warmup_steps={steps}",
+        "the run has {steps} steps, of which {skipped} will be skipped. Models of few steps change much from one to the next, "
+        "so skipping may show\n"
+        "Remedy: compare the pictures with and without; warmup_steps={steps} skips none",
+    ),
     "context_recompiles": (
         "上下文 {context} 每次调用都会重新编译（其中有对象每步都被重新创建），之后不再编译和缓存它；其他上下文照常缓存",
         "the context {context} compiles at every call, since something in it is made anew each time: from now on it runs "
@@ -177,6 +185,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "The model was not compiled, so nothing is cached\n"
         "Remedy: torch's recompile limit was probably reached (torch._dynamo.config.recompile_limit), or compiling is "
         "disabled; raise the limit or call torch._dynamo.reset()",
+    ),
+    "transform": (
+        "调用处于 {what} 之中，照常计算，不使用缓存\n解决方案: 结果正确，无需处理；要使用缓存请在其外调用模型",
+        "A call under {what} computes as usual, without the cache\n"
+        "Remedy: the result is right; call the model outside of it where it is to be cached",
     ),
     "no_timestep": (
         "模型输入中找不到时间步，无法区分各次采样，因此每一步都照常计算\n"
@@ -256,6 +269,20 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "comfy_run_off": (
         "采样完成: {steps} 步，缓存已关闭",
         "sampling done: {steps} steps, the cache is off",
+    ),
+    # The same as without the prefix, with remedies that a workflow has.
+    "comfy_control_ignored": (
+        "从外部进入被缓存块的输入（例如 ControlNet 的输出）在跳过的步上改变了 {moved:.1f}%，这些步听不到这种变化\n"
+        "解决方案: 需要时让这些步照常计算: 用 CacheDit 高级配置 的计划表、开始位置或结束位置",
+        "What enters the cached blocks from outside (such as a control network's output) moved by {moved:.1f} % at a skipped "
+        "step, which does not hear it\n"
+        "Remedy: where that matters, let those steps compute: schedule, start_percent or end_percent of CacheDit Advanced "
+        "Config",
+    ),
+    "comfy_out_of_memory": (
+        "没有足够的内存存放缓存，本模型照常计算\n解决方案: 在 CacheDit 高级配置 中把预测方法设为 reuse，或减小图片或批量",
+        "Not enough memory for the cache: the model computes as usual\n"
+        "Remedy: forecast reuse in CacheDit Advanced Config, or a smaller picture or batch",
     ),
     "comfy_forward_replaced": (
         "另一个节点包替换了 {what} 的前向函数，因此本次未使用缓存\n解决方案: 移除该节点，或将其放在 CacheDiT 节点之后",
@@ -339,8 +366,9 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "the blocks draw random numbers ({detail}), and skipping them would move your random state; call model.eval()",
     ),
     "refusal_writes_outside": (
-        "这些块原地修改了外部的张量（{detail}），跳过会丢失该修改",
-        "the blocks write in place to a tensor that lives outside ({detail}), and skipping them would lose that",
+        "这些块原地修改了外部的张量（{detail}），跳过会丢失该修改；请让各块返回新的张量，或用 region= 指定其他部分",
+        "the blocks write in place to a tensor that lives outside ({detail}), and skipping them would lose that; let the "
+        "blocks return new tensors, or name another part with region=",
     ),
     "refusal_cuts_context": (
         "缓存区域的边界切断了 autocast 等上下文（{detail}）",
@@ -380,6 +408,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "count_no_region": ("没有可缓存的块", "no blocks to cache"),
     "count_grad_mode": ("梯度模式", "grad mode"),
     "count_not_compiled": ("没有被编译", "not compiled"),
+    "count_transform": ("处于 torch 的变换或追踪之中", "under a transform or tracing of torch"),
     # explain.
     "explain_title": ("=== CacheDiT: {name}（{status}） ===", "=== CacheDiT: {name} ({status}) ==="),
     "explain_not_called": (
@@ -407,8 +436,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "    leaves the region: {value}, cached as its difference from {base}",
     ),
     "explain_whole": (
-        "    离开缓存区域: {value}，整体缓存（没有同形状的输入）",
-        "    leaves the region: {value}, cached whole (no input of its shape)",
+        "    离开缓存区域: {value}，整体缓存（它不是在某个输入上累加得到的）",
+        "    leaves the region: {value}, cached whole (it is no input with something added)",
     ),
     "explain_buffers": (
         "    缓存占用: 每个上下文 {size}（保存 {history} 步）；编译形式: {lowering}",
@@ -478,6 +507,17 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "step -> dictionary), the folder of a diffusers pipeline or model, or demo",
     ),
     "cli_help_prompt": ("管线的提示词", "prompt for a pipeline"),
+    "cli_help_pipeline": (
+        "用 diffusers 的哪个类载入管线文件夹（默认为 model_index.json 中的类）",
+        "class of diffusers to load a pipeline's folder as (default: the one that model_index.json names)",
+    ),
+    "cli_help_call": (
+        "管线调用的其他参数，例如 num_frames=17、image=cat.png，可多次给出",
+        "another argument of the pipeline's call, such as num_frames=17 or image=cat.png; may be given several times",
+    ),
+    "cli_wrong_call": ("--call {given}: 应为 名称=值", "--call {given}: name=value is wanted"),
+    "cli_unknown_call": ("该管线的调用没有参数 {names}", "the call of this pipeline has no arguments {names}"),
+    "cli_unread_picture": ("无法读取图片 {path}（{error}）", "the picture {path} cannot be read ({error})"),
     "cli_help_size": ("管线图片的尺寸（像素）", "size of a pipeline's pictures, in pixels"),
     "cli_help_device": (
         "载入文件夹时使用的设备，例如 cuda（默认: 有 GPU 时为 GPU）",
@@ -549,8 +589,8 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "dictionary; it returned: {kinds}",
     ),
     "cli_pipeline_needs": (
-        "该管线还需要参数 {names}；请改用 package.module:function",
-        "this pipeline also needs the arguments {names}; write a package.module:function instead",
+        "该管线还需要参数 {names}；请用 --call 名称=值 给出，或改用 package.module:function",
+        "this pipeline also needs the arguments {names}; give them as --call name=value, or write a package.module:function",
     ),
     "cli_no_inputs": (
         "无法为 {model} 推测输入（{error}）；请改用返回 (model, inputs) 的 package.module:function",
@@ -731,15 +771,25 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
+_preferred: Callable[[], str | None] = lambda: None  # noqa: E731
+
+
+def prefer_language(ask: Callable[[], str | None]) -> None:
+    """Let the program around this package say its user's language: `ask` gives it at each text, or None."""
+    global _preferred
+    _preferred = ask
+
+
 def resolve_language(language: str | None = None) -> str:
-    """Return `'zh'` or `'en'`: `language`, else the variable `CACHE_DIT_LANG`, else `'zh'`.
+    """Return `'zh'` or `'en'`: `language`, else the variable `CACHE_DIT_LANG`, else what the program around us prefers
+    (`prefer_language`), else `'zh'`.
 
     Raises:
-        ValueError: `language` is neither None nor one of `LANGUAGES`. Other values of the variable mean `'zh'`.
+        ValueError: `language` is neither None nor one of `LANGUAGES`. Other values of the variable say nothing.
     """
     if language is None:
         wanted = os.environ.get(LANGUAGE_VARIABLE, "").strip().lower()
-        return wanted if wanted in LANGUAGES else LANGUAGES[0]
+        return wanted if wanted in LANGUAGES else _preferred() or LANGUAGES[0]
     if language not in LANGUAGES:
         raise ValueError(f"language {language!r}; allowed: {', '.join(map(repr, LANGUAGES))} or None")
     return language

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from .find_blocks import BlockChains, BlockList
+from .find_blocks import MULTIPLIES, BlockChains, BlockList
 from .graph_values import (
     example_of,
     is_mutation,
     is_parameter,
     is_random,
     is_removable,
+    knows_memory,
     mutated_argument,
     name_of,
     shape_key,
+    viewed_argument,
 )
 from .module_paths import in_module, is_compute
 
@@ -32,6 +34,7 @@ _SHAPING_METHODS = frozenset(
         "to",
         "type_as",
         "contiguous",
+        "clone",
         "view",
         "reshape",
         "permute",
@@ -64,6 +67,7 @@ _SHAPING = {
     torch.flatten,
     torch.split,
     torch.chunk,
+    torch.clone,
     torch.nan_to_num,
     torch.unbind,
     torch.squeeze,
@@ -72,15 +76,20 @@ _SHAPING = {
     operator.getitem,
 }
 _JOINING = {torch.cat, torch.stack}
+_NORMING = frozenset({"layer_norm", "group_norm", "rms_norm"})
 
 
 @dataclass(frozen=True, slots=True)
 class LiveOut:
-    """A value that leaves the region. ``base`` is the live-in it adds to; without one the value is cached whole."""
+    """A value that leaves the region. ``base`` is the live-in it adds to; without one the value is cached whole.
+
+    ``stream``: the live-in that the chain carried in its place; the base, but where a long skip is mixed into the stream.
+    """
 
     node: fx.Node
     base: fx.Node | None
     additive: bool
+    stream: fx.Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +137,29 @@ def choose_region(
     *Detects* for each chain the interval of graph positions, its live-ins and live-outs, and for each live-out the
     base: the live-in of the same shape and dtype that the stream carried out of the last front block. The chain taken
     is the longest one whose every live-out has such a base; else the longest whose live-outs all have some base;
-    else the largest list alone, with live-outs cached whole.
+    else the largest list alone, with live-outs cached whole. A stream that a long skip is mixed into (U-ViT, U-Net) is
+    cached whole too: what it would add to its base then repeats worse than the stream itself.
 
     *Rewrites* nothing: this is an analysis.
 
     *Refuses when* no chain is there, front and back leave nothing, the region draws random numbers, writes to values
     that live outside, cuts an autocast region, or lets other things than tensors out.
     """
-    if named is not None:
-        span = _named_span(gm, named)
-        return span if isinstance(span, Refusal) else _region(gm, span)
+    region = _named_region(gm, named) if named is not None else _best_region(gm, chains, front, back)
+    if isinstance(region, Refusal):
+        return region
+    inside = set(region.nodes)
+    mixed = {out.node for out in region.live_outs if not out.additive and _mixes(out.node, inside)}
+    outs = tuple(replace(out, base=None) if out.node in mixed else out for out in region.live_outs)
+    return replace(region, live_outs=outs)
+
+
+def _named_region(gm: fx.GraphModule, named: tuple[str, str]) -> Region | Refusal:
+    span = _named_span(gm, named)
+    return span if isinstance(span, Refusal) else _region(gm, span)
+
+
+def _best_region(gm: fx.GraphModule, chains: BlockChains, front: int, back: int) -> Region | Refusal:
     if not chains.chains:
         return Refusal("no_blocks")
     refusals: list[Refusal] = []
@@ -192,6 +214,7 @@ def _named_span(gm: fx.GraphModule, named: tuple[str, str]) -> _Span | Refusal:
 
 def _region(gm: fx.GraphModule, span: _Span) -> Region | Refusal:
     order = list(gm.graph.nodes)
+    span = _around_contexts(order, span)
     last = _end_of_region(order, span)
     nodes = [node for node in order[span.first : last + 1] if is_compute(node)]
     hoisted = _hoisted(nodes, order, span)
@@ -276,7 +299,7 @@ def _live_outs(nodes: Sequence[fx.Node], made_before: set[fx.Node]) -> list[Live
         base, additive = _base_of(node, inside, streams, made_before, taken)
         if base is not None:
             taken.add(base)
-        found.append(LiveOut(node, base, additive))
+        found.append(LiveOut(node, base, additive, base))
     return found
 
 
@@ -327,12 +350,67 @@ def _reached(out: fx.Node, inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.N
     return depends, adds
 
 
+def _mixes(out: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether what ``out`` is a sum of was joined with something else and multiplied by a weight."""
+    seen: set[fx.Node] = set()
+    stack = [out]
+    while stack:
+        node = stack.pop()
+        if node not in inside or node in seen:
+            continue
+        seen.add(node)
+        if _is_addition(node) or _is_shaping(node):
+            stack.extend(node.all_input_nodes)
+        elif name_of(node) in MULTIPLIES and _is_joined(node.all_input_nodes[0]):
+            return True
+    return False
+
+
+def _is_joined(node: fx.Node) -> bool:
+    while node.target not in _JOINING and (_is_shaping(node) or name_of(node) in _NORMING):
+        node = node.all_input_nodes[0]
+    return node.target in _JOINING
+
+
 def _is_addition(node: fx.Node) -> bool:
     return node.target in (_ADDITIVE_METHODS if node.op == "call_method" else _ADDITIVE)
 
 
 def _is_shaping(node: fx.Node) -> bool:
     return is_compute(node) and node.target in (_SHAPING_METHODS if node.op == "call_method" else _SHAPING)
+
+
+def _around_contexts(order: Sequence[fx.Node], span: _Span) -> _Span:
+    """Take in the entry of a context (autocast) that the first block begins with, and the exit that the last one ends with.
+
+    These belong to no module, so a block seems to begin behind the one and to end before the other.
+    """
+    first, last = span.first, span.last
+    for position in range(first - 1, -1, -1):
+        if is_compute(order[position]):
+            if not any(_leaves(user) and user in order[first : last + 1] for user in order[position].users):
+                break
+            first = position
+    for position in range(last + 1, len(order)):
+        if is_compute(order[position]):
+            if not _leaves(order[position]) or not _is_entered(order[position], order[first : last + 1]):
+                break
+            last = position
+    return replace(span, first=first, last=last)
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether the node leaves a context."""
+    return name_of(node).startswith(("_exit", "_vmap_decrement"))
+
+
+def _is_entered(leaving: fx.Node, inside: Sequence[fx.Node]) -> bool:
+    """Whether what ``leaving`` leaves was entered inside."""
+    entries = leaving.all_input_nodes
+    if entries:
+        return any(entry in inside for entry in entries)
+    names = [name_of(node) for node in inside]
+    return names.count("_vmap_increment_nesting") > names.count("_vmap_decrement_nesting")
 
 
 def _end_of_region(order: Sequence[fx.Node], span: _Span) -> int:
@@ -462,7 +540,7 @@ def _written_live_ins(nodes: Sequence[fx.Node], order: Sequence[fx.Node]) -> tup
         others = _sharing_memory(root, order, inside) - {root}
         read_elsewhere = any(place[user] >= begin for other in others for user in other.users)
         owned = all(map(is_compute, others)) and is_compute(root)
-        if not owned or _may_alias(root) or read_elsewhere or any(place[user] > end for user in root.users):
+        if not owned or _is_view(root) or read_elsewhere or any(place[user] > end for user in root.users):
             return Refusal("writes_outside", node.name)
         copied[root] = None
     return tuple(copied)
@@ -473,8 +551,8 @@ def _storage_owner(node: fx.Node | None, inside: set[fx.Node]) -> fx.Node | None
     while node is not None and node in inside:
         if is_mutation(node):
             node = mutated_argument(node)
-        elif _may_alias(node):
-            node = next(iter(node.all_input_nodes), None)
+        elif _viewed(node) is not None:
+            node = _viewed(node)
         else:
             return node
     return node
@@ -491,19 +569,26 @@ def _sharing_memory(node: fx.Node, order: Sequence[fx.Node], inside: set[fx.Node
     while stack:
         current = stack.pop()
         for user in current.users:
-            views = _may_alias(user) and user.all_input_nodes[0] is current
+            views = _viewed(user) is current
             if user not in found and user not in inside and (views or mutated_argument(user) is current):
                 found.add(user)
                 stack.append(user)
     return found
 
 
-def _may_alias(node: fx.Node) -> bool:
-    """Whether the node's result may share memory with its first argument."""
-    if not _is_shaping(node) or node.target in (torch.clamp, torch.nan_to_num, "clip", "clamp"):
-        return False
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The argument whose memory the node's result may share."""
+    if knows_memory(node):
+        return viewed_argument(node)
+    if not _is_shaping(node) or node.target in (torch.clamp, torch.nan_to_num, torch.clone, "clip", "clamp", "clone"):
+        return None
     source = next(iter(node.all_input_nodes), None)
     made, given = example_of(node), example_of(source) if source is not None else None
-    if isinstance(made, torch.Tensor) and isinstance(given, torch.Tensor):
-        return made.dtype == given.dtype
-    return True
+    if isinstance(made, torch.Tensor) and isinstance(given, torch.Tensor) and made.dtype != given.dtype:
+        return None
+    return source
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the node gives a part or another shape of memory that has an owner; the result of a write is that owner."""
+    return not is_mutation(node) and _viewed(node) is not None

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from torch import fx
 
 from .graph_values import name_of
-from .module_paths import block_path, is_compute, memberships, module_entries
+from .module_paths import block_path, is_compute, memberships, module_calls, module_entries
 
 MIN_BLOCK_NODES = 3
 MIN_BLOCKS = 2
 # Attributes that end in a number are blocks (block0, block1, block2) or parts of one (norm1, attn1, norm2): blocks are
 # more than two, multiply by weights, and are most of what runs from the first to the last of them.
 MIN_NAMED_BLOCKS = 3
-_MULTIPLIES = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"})
+MULTIPLIES = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"})
 # Lists of one chain may have some glue between them (a concat, a reshape), not another part of the model.
 MAX_GLUE_NODES = 12
 MAX_GLUE_BLOCKS = 1.5
@@ -80,19 +80,17 @@ def find_blocks(gm: fx.GraphModule) -> BlockChains:
     """Find the block lists of a traced model and the chains they form.
 
     *Detects* containers with two or more numbered children that did work, by ``nn_module_stack``; where there are none,
-    three or more modules of one class beside each other, whatever their names. Lists in sequence,
-    each fed by the one before it, make a chain (Flux: double blocks, then single blocks); lists that interleave
-    (spatial, temporal, spatial, …) count as one list of composite blocks.
+    three or more modules of one class beside each other, whatever their names; else three or more calls of one module.
+    Lists in sequence, each fed by the one before it, make a chain (Flux: double blocks, then single blocks); lists that
+    interleave (spatial, temporal, spatial, …) count as one list of composite blocks.
 
     *Rewrites* nothing: this is an analysis.
 
     *Refuses when* nothing is repeated: both fields are then empty.
     """
     nodes = list(gm.graph.nodes)
-    candidates = _without_nested(_containers(nodes) or _siblings(nodes))
-    for candidate in candidates:
-        _keep_one_run_per_block(candidate)
-    merged = _merge_interleaved(candidates)
+    candidates = _containers(nodes) or _siblings(nodes) or _repeated_calls(nodes)
+    merged = _merge_interleaved(_without_nested(candidates))
     lists = sorted(merged, key=lambda block_list: block_list.first)
     return BlockChains(tuple(lists), tuple(_chains(nodes, lists)))
 
@@ -130,11 +128,28 @@ def _siblings(nodes: Sequence[fx.Node]) -> dict[str, _Candidate]:
     return largest
 
 
+def _repeated_calls(nodes: Sequence[fx.Node]) -> dict[str, _Candidate]:
+    """Modules that run several times: one block that the model goes through again and again."""
+    found: dict[str, _Candidate] = {}
+    for position, node in enumerate(nodes):
+        if not is_compute(node):
+            continue
+        for path, class_name, number in module_calls(node):
+            # the mark of candidates whose members have no numbers of their own
+            candidate = found.setdefault(path, _Candidate(f"{path}@*"))
+            candidate.members.setdefault(number, []).append(position)
+            candidate.names[number], candidate.classes[number] = f"{path}@{number}" if number else path, class_name
+    work = sum(map(is_compute, nodes))
+    # what runs several times may also be an embedder: a block is most of the model
+    return {each.path: each for each in found.values() if _is_repeated(each, nodes) and 2 * each.size > work}
+
+
 def _is_repeated(candidate: _Candidate, nodes: Sequence[fx.Node]) -> bool:
+    _keep_one_run_per_block(candidate)
     blocks = [positions for positions in candidate.members.values() if len(positions) >= MIN_BLOCK_NODES]
     if not candidate.path.endswith("*"):
         return len(blocks) >= MIN_BLOCKS
-    working = [block for block in blocks if any(name_of(nodes[position]) in _MULTIPLIES for position in block)]
+    working = [block for block in blocks if any(name_of(nodes[position]) in MULTIPLIES for position in block)]
     return len(working) >= MIN_NAMED_BLOCKS and 2 * candidate.size > candidate.last - candidate.first
 
 
@@ -163,6 +178,8 @@ def _fills_block(inner: _Candidate, outer: _Candidate) -> bool:
 
 
 def _is_inside(path: str, outer: str) -> bool:
+    if outer.endswith("@*"):
+        return path.startswith(outer[:-2] + ".")
     stem = outer[:-1] if outer.endswith("*") else (outer + "." if outer else "")
     return path.startswith(stem) and path != outer and (not outer.endswith("*") or "." in path[len(stem) :])
 
@@ -208,7 +225,7 @@ def _block_list(group: list[_Candidate]) -> BlockList:
         last = positions[-1] if len(group) == 1 else following
         path = head.names.get(index) or block_path(head.path, index)
         blocks.append(Block(path, head.classes.get(index, ""), positions[0], last))
-    path = " + ".join("*" if each.path == "*" else each.path.rstrip("*").rstrip(".") for each in group)
+    path = " + ".join("*" if each.path == "*" else each.path.rstrip("*").rstrip(".@") for each in group)
     return BlockList(path, tuple(blocks), head.first, end, sum(candidate.size for candidate in group))
 
 

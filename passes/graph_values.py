@@ -10,9 +10,26 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_internals import hint_of, is_higher_order, is_mutable_overload, symbol_of
+from ..torch_internals import hint_of, is_higher_order, is_mutable_overload, memory_of, parts_of, symbol_of
 
-_MUTATING_FUNCTIONS = frozenset({"iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "setitem"})
+_MUTATING_FUNCTIONS = frozenset(
+    {
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "imatmul",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "ilshift",
+        "irshift",
+        "setitem",
+    }
+)
 # Names that end like an in-place method and are none.
 _NOT_MUTATING = frozenset({"and_", "or_", "not_", "xor_", "is_", "requires_grad_"})
 _RANDOM = frozenset(
@@ -67,8 +84,11 @@ def tensors_in(value: object) -> list[torch.Tensor]:
 
 
 def shape_key(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Dtype and sizes; symbolic sizes by their expression, since comparing SymInts would install guards."""
-    return (tensor.dtype, *(size if isinstance(size, int) else str(symbol_of(size)) for size in tensor.shape))
+    """Dtype and sizes; symbolic sizes by their expression, since comparing SymInts would install guards.
+
+    Tracing may have found a symbol to be a number: such a size equals that number.
+    """
+    return (tensor.dtype, *(str(symbol_of(size)) for size in tensor.shape))
 
 
 def is_parameter(node: fx.Node) -> bool:
@@ -126,6 +146,26 @@ def mutated_argument(node: fx.Node) -> fx.Node | None:
     return written if isinstance(written, fx.Node) else None
 
 
+def viewed_argument(node: fx.Node) -> fx.Node | None:
+    """The argument in whose memory the node's result lies: what it is a view of, or wrote to. None: the result is new.
+
+    By the example values, which share memory where the real ones do.
+    """
+    if name_of(node) == "dropout" and not is_random(node):
+        # gives what it is given; its example value is a copy (seen in torch 2.13)
+        return next(iter(node.all_input_nodes), None)
+    made = {memory_of(tensor) for tensor in tensors_in(example_of(node))}
+    if not made:
+        return None
+    return next((each for each in node.all_input_nodes if made & {memory_of(t) for t in tensors_in(example_of(each))}), None)
+
+
+def knows_memory(node: fx.Node) -> bool:
+    """Whether the node's example value tells what it shares memory with: those of tensors made of others do not."""
+    tensors = tensors_in(example_of(node))
+    return bool(tensors) and all(parts_of(tensor) is None for tensor in tensors)
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether running the node moves a random number generator."""
     name = name_of(node)
@@ -159,4 +199,4 @@ def is_removable(node: fx.Node) -> bool:
         return False
     if is_higher_order(node.target):
         return False
-    return not name_of(node).startswith(("_enter", "_exit", "_vmap", "_add_batch", "_remove_batch", "_set_"))
+    return not name_of(node).startswith(("_enter", "_exit", "_vmap", "_add_batch", "_remove_batch", "_set_", "_sdpa_kernel"))

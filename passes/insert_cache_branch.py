@@ -134,10 +134,11 @@ def _tensor(node: fx.Node) -> torch.Tensor:
 
 
 def _front_of(region: Region) -> fx.Node:
-    """The front's output: the first base, else the first floating-point activation that enters."""
-    bases = [out.base for out in region.live_outs if out.base is not None]
-    if bases:
-        return bases[0]
+    """The front's output: the first stream, else the first floating-point activation that enters."""
+    streams = [out.stream or out.base for out in region.live_outs]
+    found = next((stream for stream in streams if stream is not None), None)
+    if found is not None:
+        return found
     return next(node for node in region.live_ins if getattr(example_of(node), "is_floating_point", bool)())
 
 

@@ -52,6 +52,13 @@ def module_entries(node: fx.Node) -> list[tuple[str, str]]:
     return [(normalize_path(path), getattr(cls, "__name__", str(cls))) for path, cls in stack.values()]
 
 
+def module_calls(node: fx.Node) -> list[tuple[str, str, int]]:
+    """As :func:`module_entries`, with the number of the call: 0 where a module runs for the first time in its graph."""
+    stack = node.meta.get("nn_module_stack") or {}
+    numbers = [int(key.rpartition("@")[2]) if "@" in key else 0 for key in map(str, stack)]
+    return [(*entry, number) for entry, number in zip(module_entries(node), numbers, strict=True)]
+
+
 def in_module(node: fx.Node, path: str) -> bool:
     """Whether the node was traced inside the module at ``path``."""
     return any(entry == path or entry.startswith(path + ".") for entry, _ in module_entries(node))

@@ -247,6 +247,63 @@ def test_folder_of_a_pipeline(own_models: None, tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "new" / "p.png").stat().st_size > 1000
 
 
+def test_further_arguments_of_a_pipelines_call(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (4, 6), "red").save(tmp_path / "cat.png")
+    given = ["num_frames=17", "scale=4.5", "clean=false", "negative_prompt=a dog", f"last_image={tmp_path / 'cat.png'}"]
+    found = command.Request("a cat", call=given).further("en")
+    picture = found.pop("last_image")
+    assert found == {"num_frames": 17, "scale": 4.5, "clean": False, "negative_prompt": "a dog"}
+    assert (picture.size, picture.mode) == ((4, 6), "RGB")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("frames", "name=value is wanted"), ("a b=1", "name=value is wanted"), ("image=no.png", "no.png cannot be read")],
+)
+def test_a_wrong_argument_of_a_call_is_told(given: str, told: str) -> None:
+    with pytest.raises(command.CommandError, match=told):
+        command.Request("a cat", call=[given]).further("en")
+
+
+def test_a_pipeline_is_asked_for_what_it_takes() -> None:
+    class Pipeline:
+        def __call__(self, image: Any, strength: float = 0.5, num_inference_steps: int = 5) -> list[Any]:
+            return [image, strength, num_inference_steps]
+
+        def set_progress_bar_config(self, disable: bool) -> None:
+            pass
+
+    def called(*call: str) -> Any:
+        subject = command.PipelineSubject(Pipeline(), command.Request("a cat", call=call), "en")
+        return subject._call(subject.model, 0, 3, "np", lambda: None)
+
+    with pytest.raises(command.CommandError, match="also needs the arguments image; give them as --call"):
+        called()
+    with pytest.raises(command.CommandError, match="no arguments speed"):
+        called("speed=1")
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_another_class_with_a_picture(
+    own_models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("matplotlib")
+    image = pytest.importorskip("PIL.Image")
+    from tests.integrations import tiny_pipelines
+
+    tiny_pipelines.FAMILIES["Flux"].build().save_pretrained(tmp_path / "flux")
+    image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    size = ["--height", "16", "--width", "16", "--call", "max_sequence_length=20"]
+    begun = ["--pipeline", "FluxImg2ImgPipeline", "--call", "image=red.png", "--call", "strength=0.5"]
+    shown = ["--inner", "eager", "--steps", "12", "--repeats", "1", "--out", "p.png"]
+    assert main(["compare", "flux", *size, *begun, *shown]) == 0
+    # half of the steps are made; of these the last, one in two behind the warm-up, are skipped
+    assert " dB" in capsys.readouterr().out
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
 def test_a_video_is_shown_as_frames_at_equal_distances() -> None:
     frames = torch.arange(2 * 17).reshape(2, 17, 1, 1, 1).expand(2, 17, 4, 4, 3)
     shown = command._stills(frames)

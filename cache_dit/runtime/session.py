@@ -33,6 +33,8 @@ from .tracing import Capture, Tracing
 
 # Forecasts that 'auto' compares: all of them use the residuals that the others need too.
 AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
+# Runs of up to so many steps are those of models that were made for few: much changes from one step to the next.
+FEW_STEPS = 5
 # Contexts kept: a server may name each request.
 MAX_CONTEXTS = 64
 COMPUTE_FIRST = Decision(False, "first_call")
@@ -183,6 +185,11 @@ class Session:
             self._log(forward)
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether a call of the model has begun and not ended."""
+        return self._forward is not None
+
+    @property
     def runs_eager(self) -> bool:
         """Whether the call that has begun belongs to a context that is not worth compiling."""
         forward = self._forward
@@ -232,6 +239,14 @@ class Session:
         self.tracing.uncached[graph] = None
         if self._forward is not None:
             self._forward.uncached += 1
+
+    def note_transform(self, what: str) -> None:
+        """A call that torch transforms, or traces, runs as if caching were off: no step is counted, so the run ends with it."""
+        with self.lock:
+            self.abort()
+            self.counters.calls += 1
+            self.counters.refuse("transform")
+            self.said.warn("transform", what=what)
 
     def _run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
         if graph not in self.tracing.cached:
@@ -451,9 +466,10 @@ class Session:
             store.forget()
             why = "shape_changed"
         if not store.weights.matches(weights):
+            if store.points:
+                why = "weights_changed"
             store.forget()
             store.weights = type(store.weights)(weights)
-            why = "weights_changed"
         return store, why
 
     def _release_stale(self, context: Context, step: int) -> None:
@@ -538,6 +554,7 @@ class Session:
             clock=context.clock,
             last_increment=context.last_increment,
             forecast_error=store.errors.get(self._forecast_name(store)),
+            last_gap=store.gap,
         )
         decision = self.strategy.decide(view)
         if step == 1:
@@ -563,6 +580,17 @@ class Session:
         if not store.points or store.points[0].step != step - 1:
             context.clock += context.last_increment
 
+    def _said_of_few_steps(self) -> None:
+        """Which steps of a short run will be skipped, where the rule says so beforehand."""
+        options, steps = self.options, self.clock.num_steps
+        warmup, interval = options.warmup_steps, options.skip_interval
+        by_rule = options.strategy in ("fixed", "dynamic") and options.schedule is None
+        if not by_rule or steps is None or steps > FEW_STEPS or warmup is None or interval is None:
+            return
+        skipped = [n for n in range(warmup + 1, steps + 1) if n % interval == 0]
+        if skipped:
+            self.said.warn("few_steps_skipped", steps=steps, skipped=", ".join(map(str, skipped)))
+
     def _said_about_run(self) -> None:
         options = self.options
         if self.clock.num_steps is None and (options.start_percent > 0.0 or options.end_percent < 1.0):
@@ -570,6 +598,7 @@ class Session:
         warmup, steps = options.warmup_steps, self.clock.num_steps
         if options.schedule is None and warmup is not None and steps is not None and steps <= warmup:
             self.said.warn("few_steps", steps=steps, warmup=warmup)
+        self._said_of_few_steps()
         places = options.strategy in ("adaptive", "sigma") and options.schedule is None
         if options.target_speedup is not None and not places:
             self.said.warn("target_speedup_unused")

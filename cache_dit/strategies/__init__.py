@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..options import DEFAULT_MAX_CONSECUTIVE_HITS, DEFAULT_SKIP_INTERVAL, DEFAULT_WARMUP_STEPS
-from .adaptive import OWN_MAX_CONSECUTIVE_HITS, OWN_WARMUP_STEPS, ClockStrategy, PlacementStrategy
+from .adaptive import PlacementStrategy
 from .decision import Decision, Reason, StepView, Strategy
 from .dynamic import Dynamic
 from .first_block import FirstBlock
 from .fixed import Fixed
+from .front_clock import OWN_MAX_CONSECUTIVE_HITS, OWN_WARMUP_STEPS, ClockStrategy
 from .part_of_run import PartOfRun, WithinPart
 from .placement import PlacementRules
 from .schedule import Schedule

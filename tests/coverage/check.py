@@ -14,11 +14,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from cache_dit.passes import Refusal, Region, choose_region, find_blocks, outline_region
+from cache_dit.passes import Refusal, Region, outline_region
 from cache_dit.passes.outline_region import REGION_NAME
 from torch import Tensor, fx, nn
 
 import cache_dit
+from cache_dit.backend import find_region
 from cache_dit.explanation import Explanation
 from cache_dit.graph_report import RegionReport
 from cache_dit.runtime.registry import sessions_of
@@ -250,7 +251,7 @@ def _replay(model: nn.Module, tiny: TinyModel) -> list[Outputs]:
 
     def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         graph = copy_dynamo_graph(gm)
-        region = choose_region(graph, find_blocks(graph))
+        region = find_region(graph)
         if isinstance(region, Refusal):
             run: Callable[..., Any] = gm.forward
             return run

@@ -12,6 +12,7 @@ from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from tests.models import (
     VARIANTS,
@@ -110,16 +111,51 @@ out: h = x_1 + ..., context_3 = context_1 + ...""",
     )
 
 
-def test_a_long_skip_changes_the_stream_so_the_base_is_told_by_shape() -> None:
+def test_a_stream_that_a_long_skip_is_mixed_into_is_cached_whole() -> None:
+    region = find_region(traced_variant("long_skip").gm)
     assert_expected_inline(
-        described(find_region(traced_variant("long_skip").gm)),
+        described(region),
         """\
 front: blocks.0
 cached: blocks.1 blocks.2 blocks.3
 back:
 in: h getitem
-out: h_3 = h""",
+out: h_3 = whole""",
     )
+    (out,) = region.live_outs
+    assert out.stream is not None and out.stream.name == "h"
+
+
+class Mixing(Stack):
+    """A skip that ``mix`` brings in, in the middle."""
+
+    def __init__(self, mix: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__(4)
+        self.mix, self.join = mix, nn.Linear(2 * 8, 8)
+        self.norm = nn.LayerNorm(2 * 8)
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        h = first = self.blocks[0](h, t)
+        h = self.blocks[2](self.blocks[1](h, t), t)
+        return self.blocks[3](self.mix(self, h, first), t)
+
+
+MIXES: dict[str, tuple[Any, bool]] = {
+    "normed": (lambda m, h, first: m.join(m.norm(torch.cat([h, first], dim=-1))), True),
+    "shortcut": (lambda m, h, first: m.join(torch.cat([h, first], -1)) + torch.tanh(m.join(torch.cat([h, first], -1))), True),
+    "lerp": (lambda m, h, first: torch.lerp(first, h, 0.3), False),
+    "scaled": (lambda m, h, first: 0.7 * h + 0.3 * first, False),
+    "update": (lambda m, h, first: h + m.join(torch.cat([h, first], dim=-1)), False),
+    "projected": (lambda m, h, first: torch.tanh(m.join.weight[:, :8] @ h.mT).mT, False),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_only_a_joined_and_weighted_skip_makes_a_stream_that_is_cached_whole(name: str) -> None:
+    mix, whole = MIXES[name]
+    (out,) = find_region(capture(seeded(lambda: Mixing(mix)), *example())).live_outs
+    assert out.stream is not None
+    assert (out.base is None) == whole
 
 
 def test_a_long_skip_across_the_end_of_the_region_is_one_live_out_more() -> None:
@@ -130,6 +166,7 @@ def test_a_long_skip_across_the_end_of_the_region_is_one_live_out_more() -> None
     assert region.cached == ("blocks.1",)
     region = find_region(traced_variant("long_skip").gm, front=0, back=2)
     assert [out.base is not None for out in region.live_outs] == [True, True]
+    assert all(out.stream is out.base for out in region.live_outs)
 
 
 def test_a_refiner_before_the_chain_is_left_out() -> None:
@@ -269,22 +306,33 @@ def test_refuses_to_write_to_what_is_read_behind_the_region() -> None:
 class WritesInput(nn.Module):
     """Adds to a view of its input once it has read it."""
 
-    def __init__(self) -> None:
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.block = SimpleBlock()
+        self.block, self.view = SimpleBlock(), view
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         out = self.block(x, t)
-        x.view(-1).add_(1.0)
+        self.view(x).add_(1.0)
         return out + x
 
 
-def test_refuses_to_write_to_an_input_of_the_model() -> None:
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.view(-1),
+    "select": lambda x: x.select(1, 0),
+    "detach": lambda x: x.detach(),
+    "diagonal": lambda x: torch.diagonal(x, dim1=1, dim2=2),
+    "expand_as": lambda x: x.expand_as(x),
+    "dropout": lambda x: functional.dropout(x, 0.5, training=False),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_refuses_to_write_to_an_input_of_the_model(view: str) -> None:
     class NoEmbedding(Stack):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.run_blocks(x, t)
 
-    gm = capture(seeded(lambda: NoEmbedding(block=WritesInput)), torch.ones(2, 3, 8), torch.ones(2, 1, 1))
+    gm = capture(seeded(lambda: NoEmbedding(block=lambda: WritesInput(VIEWS[view]))), torch.ones(2, 3, 8), torch.ones(2, 1, 1))
     refusal = chosen(gm, front=0)
     assert isinstance(refusal, Refusal) and refusal.key == "writes_outside"
     assert isinstance(chosen(gm, front=1), Region)
@@ -301,7 +349,7 @@ def test_nothing_is_moved_before_a_write_to_what_it_reads() -> None:
             side = first * 2.0
             return self.head(self.blocks[2](h, t)) * self.head(side)
 
-    region = chosen_in(lambda: ReadsLate(block=WritesInput))
+    region = chosen_in(lambda: ReadsLate(block=lambda: WritesInput(VIEWS["view"])))
     assert isinstance(region, Region)
     assert region.hoisted == ()
 
@@ -389,4 +437,4 @@ def test_every_variant_has_a_region() -> None:
     for name in VARIANTS:
         region = find_region(traced_variant(name).gm)
         assert region.cached, name
-        assert all(out.base is not None for out in region.live_outs), name
+        assert all(out.stream is not None for out in region.live_outs), name

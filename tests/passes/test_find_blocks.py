@@ -219,3 +219,26 @@ def test_an_analysis_changes_nothing_and_finds_the_same_again() -> None:
     assert find_blocks(gm) == find_blocks(gm)
     assert compact(gm) == before
     assert torch.equal(run(gm, captured.inputs)[0], output[0])
+
+
+class Again(nn.Module):
+    """``times`` calls of one block; an embedder is called thrice, and its parts bear numbers."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.block = times, SimpleBlock()
+        self.embed = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.embed(x) + self.embed(2.0 * x) + self.embed(3.0 * x)
+        for _ in range(self.times):
+            h = self.block(h, t)
+        return h
+
+
+def test_one_block_that_runs_again_and_again_is_a_list_of_its_calls() -> None:
+    given = torch.ones(2, 3, WIDTH), torch.ones(2, 1, 1)
+    found = described(find_blocks(capture(seeded(lambda: Again(5)), *given)))
+    assert found == "block: block block@1 block@2 block@3 block@4\nchain block"
+    # three calls of an embedder, which is less than half of the model, make no blocks
+    assert find_blocks(capture(seeded(lambda: Again(2)), *given)).lists == ()

@@ -152,6 +152,20 @@ def test_symbolic_sizes_are_compared_by_expression() -> None:
     assert shape_key(first) != shape_key(first.double())
 
 
+def test_a_size_that_tracing_found_to_be_a_number_equals_it() -> None:
+    """What is added has a size of its own: the symbol of the stream gives way to it, in what was made before, too."""
+
+    class Steered(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.abs() + torch.ones(4, 3)).relu()
+
+    gm = capture(Steered(), torch.ones(4, 3), dynamic=True)
+    before, after = (example_of(node) for node in gm.graph.nodes if name_of(node) in ("abs", "relu"))
+    assert isinstance(before, Tensor) and isinstance(after, Tensor)
+    assert isinstance(before.shape[0], torch.SymInt)
+    assert shape_key(before) == shape_key(after)
+
+
 def test_higher_order_operators_and_contexts_stay() -> None:
     graph = fx.Graph()
     assert not is_removable(graph.call_function(torch.ops.higher_order.cond, ()))

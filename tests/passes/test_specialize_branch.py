@@ -7,9 +7,25 @@ import torch
 from cache_dit.passes import BranchOptions, Refusal, choose_region, find_blocks, specialize_branch
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cache_dit.torch_internals import copy_dynamo_graph
-from tests.models import VARIANTS, CacheState, Captured, Stack, compact, example, rewrite, run, seeded, traced, traced_variant
+from tests.models import (
+    VARIANTS,
+    CacheState,
+    Captured,
+    SimpleBlock,
+    Stack,
+    capture,
+    compact,
+    example,
+    rewrite,
+    run,
+    seeded,
+    traced,
+    traced_variant,
+)
 
 
 class Specialized:
@@ -215,3 +231,18 @@ def test_all_passes_again_over_a_computed_graph_find_a_region_of_the_same_blocks
     assert not isinstance(again, Refusal)
     assert again.cached == graphs.region.cached
     assert isinstance(choose_region(graphs.reuse, find_blocks(graphs.reuse)), Refusal)
+
+
+def test_the_choice_of_an_attention_kernel_is_kept() -> None:
+    class Math(SimpleBlock):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                h = functional.scaled_dot_product_attention(x, x, x)
+            return self.update(x + h, t) + x
+
+    gm = capture(seeded(lambda: Stack(block=Math)), *example())
+    chosen = [node.name for node in gm.graph.nodes if "_sdpa_kernel" in node.name]
+    rewrite(gm)
+    specialize_branch(gm, compute=True)
+    kept = [node.name for node in gm.graph.nodes if "_sdpa_kernel" in node.name]
+    assert len(kept) == len(chosen) > 0

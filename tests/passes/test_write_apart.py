@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import pytest
@@ -10,27 +11,39 @@ import torch
 from cache_dit.passes import Region, choose_region, find_blocks, write_apart
 from cache_dit.passes.graph_values import is_mutation
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 import cache_dit
 
 from ..models import CHANNELS, WIDTH, InPlaceStack, capture, example, seeded
 
 
-def rewritten(function: Any, *args: Any) -> tuple[int, fx.GraphModule]:
-    """The traced graph of a function behind the pass; its results are those of the function."""
+def rewritten(function: Any, *args: Any, copying: bool = False) -> tuple[int, fx.GraphModule]:
+    """The traced graph of a function behind the pass; its results are those of the function, and so is what it writes to."""
 
     class Holder(nn.Module):
         def forward(self, *given: Any) -> Any:
             return function(*given)
 
     gm = capture(Holder(), *args)
-    count = write_apart(gm)
+    count = write_apart(gm, copying=copying)
     gm.graph.lint()
     gm.recompile()
-    made, wanted = gm(*copy.deepcopy(args)), function(*copy.deepcopy(args))
-    for a, b in zip(made, wanted, strict=True):
+    given, again = copy.deepcopy(args), copy.deepcopy(args)
+    made, wanted = gm(*given), function(*again)
+    for a, b in zip((*made, *given), (*wanted, *again), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
     return count, gm
+
+
+def capture_of(function: Any) -> fx.GraphModule:
+    """The graph as it was traced."""
+
+    class Holder(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return function(x)
+
+    return capture(Holder(), torch.randn(3, 4))
 
 
 def mutations(gm: fx.GraphModule) -> int:
@@ -82,6 +95,74 @@ def test_shared_memory_that_is_read_later_is_left_alone(late: bool) -> None:
     assert (count, mutations(gm)) == ((0, 1) if late else (1, 0))
 
 
+def test_a_view_of_a_sum_made_out_of_place_is_a_view_of_that_sum() -> None:
+    def add(x: Tensor) -> tuple[Tensor]:
+        h = x * 2.0
+        h.add_(1.0)
+        h[:, :2].mul_(3.0)
+        return (h,)
+
+    count, gm = rewritten(add, torch.randn(3, 4))
+    assert (count, mutations(gm)) == (1, 1)
+
+
+def test_a_dropout_that_drops_nothing_gives_the_memory_it_is_given() -> None:
+    def add(x: Tensor) -> tuple[Tensor]:
+        h = functional.dropout(x, 0.5, training=False)
+        h += 1.0
+        return (h * 2.0,)
+
+    count, gm = rewritten(add, torch.randn(3, 4), copying=True)
+    assert (count, mutations(gm)) == (0, 1)
+
+
+def test_a_result_is_dense_where_what_was_written_to_was_not() -> None:
+    def add(x: Tensor) -> tuple[Tensor]:
+        h = (x * 2.0)[:, :2]
+        h += 1.0
+        return (h.sin(),)
+
+    _, gm = rewritten(add, torch.randn(3, 4))
+    made = next(node for node in gm.graph.nodes if node.target is operator.add)
+    assert made.meta["example_value"].stride() == (2, 1)
+
+
+def _slices(x: Tensor) -> tuple[Tensor, ...]:
+    h = x * 2.0
+    h[:, :2] += 1.0
+    h[:, 1:] *= 3.0
+    return (h,)
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    h = x * 2.0
+    a, b = h.chunk(2, dim=1)
+    a += 1.0
+    b.mul_(a)
+    h.add_(1.0)
+    joined = torch.cat([a, b], dim=1)
+    a.relu_()
+    return h, joined, a * 1.0, b * 1.0
+
+
+def _result_in_place(x: Tensor) -> tuple[Tensor, ...]:
+    h = x * 2.0
+    y = h.add_(1.0)
+    z = y.view(-1)
+    z[3:7] = 0.0
+    torch.add(h, 1.0, out=h)
+    return h, y * 1.0, z * 1.0
+
+
+@pytest.mark.parametrize(("function", "left"), [(_slices, 4), (_parts, 4), (_result_in_place, 2)])
+def test_what_is_no_plain_sum_is_written_to_a_copy(function: Any, left: int) -> None:
+    count, gm = rewritten(function, torch.randn(3, 4), copying=True)
+    # everything was moved; what still writes, writes to a copy
+    assert count == sum(map(is_mutation, capture_of(function).graph.nodes)) and mutations(gm) == left
+    copies = {node for node in gm.graph.nodes if node.target == "clone"}
+    assert len(copies) == left
+
+
 def test_a_write_through_a_view_is_left_alone_where_the_whole_is_read_later() -> None:
     def add(x: Tensor) -> tuple[Tensor]:
         h = x * 2.0
@@ -110,11 +191,24 @@ class WritingBlock(nn.Module):
         x.addcmul_(torch.tanh(self.mlp(x)), t)
 
 
+class SliceBlock(WritingBlock):
+    """Writes to one part of the stream after the other."""
+
+    def forward(self, x: Tensor, t: Tensor) -> None:
+        x[:, :2] += torch.tanh(self.mlp(x))[:, :2] * t
+        x[:, 2:] = x[:, 2:] + torch.sin(self.mlp(x))[:, 2:] * t
+
+
+class CopyingBlock(WritingBlock):
+    def forward(self, x: Tensor, t: Tensor) -> None:
+        x.copy_(x + torch.tanh(self.mlp(x)) * t)
+
+
 class WritingModel(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, block: type[nn.Module]) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(CHANNELS, WIDTH), nn.Linear(WIDTH, CHANNELS)
-        self.blocks = nn.ModuleList(WritingBlock() for _ in range(4))
+        self.blocks = nn.ModuleList(block() for _ in range(4))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h = self.embed(x)
@@ -123,10 +217,11 @@ class WritingModel(nn.Module):
         return self.head(h)
 
 
+@pytest.mark.parametrize("block", [WritingBlock, SliceBlock, CopyingBlock])
 @pytest.mark.parametrize("lowering", ["specialize", "pieces", "cond"])
-def test_a_model_of_blocks_that_return_nothing_is_cached(lowering: str) -> None:
+def test_a_model_of_blocks_that_return_nothing_is_cached(lowering: str, block: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    plain = WritingModel().eval()
+    plain = WritingModel(block).eval()
     model = cache_dit.enable_cache(
         copy.deepcopy(plain), schedule="1101", forecast="reuse", noise_scale=0.0, inner="eager", lowering=lowering
     )
