@@ -112,7 +112,7 @@ class WeightMark:
     __slots__ = ("_gone", "_identities", "_references", "_versions")
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        # an id stands for a tensor as long as that lives; comparing ids takes a fifth of following references
+        # an id stands for a tensor as long as that lives, and comparing ids reads none of their memory
         self._gone: list[weakref.ref[torch.Tensor]] = []
         self._references = [weakref.ref(weight, self._gone.append) for weight in weights]
         self._identities = list(map(id, weights))
@@ -120,7 +120,9 @@ class WeightMark:
 
     def forget(self) -> None:
         """Where nothing is stored nothing is watched: torch does not exchange a tensor's content under a weak reference."""
-        self.references.clear()
+        self._references.clear()
+        # nothing tells of their end any more, so that an id may be another tensor's
+        self._identities.clear()
 
     def matches(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, not written to since."""
