@@ -418,9 +418,12 @@ class Session:
         if context.signs.has_other_caller():
             self.said.warn("several_callers")
             return True
-        others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
         signs = context.signs
-        return signs.differ(given) or signs.belong_to(others, given) or signs.are_of(self._former, given)
+        same = signs.same(given)
+        if signs.differ(same) or signs.are_of(self._former, given, same):
+            return True
+        others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
+        return signs.belong_to(others, given, same)
 
     def _new_context(self, key: ContextKey) -> Context:
         """A context seen for the first time; beyond a bound the oldest one goes (it would begin anew, and compute)."""
