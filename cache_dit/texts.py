@@ -139,7 +139,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "few_steps_skipped": (
         "本次采样只有 {steps} 步，其中第 {skipped} 步会被跳过。步数很少的模型相邻两步差别很大，跳过往往看得出来\n"
         "解决方案: 请对比有无缓存的图片；不想跳过时请设置 warmup_steps={steps}",
-        "the run has {steps} steps, of which {skipped} will be skipped. Models of few steps change much from one to the next, "
+        "the run has {steps} steps, and will skip these: {skipped}. Models of few steps change much from one to the next, "
         "so skipping may show\n"
         "Remedy: compare the pictures with and without; warmup_steps={steps} skips none",
     ),

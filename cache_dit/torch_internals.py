@@ -44,7 +44,7 @@ TESTED_VERSIONS = ("2.11", "2.13")
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "torch._C": ("_get_tracing_state", "_len_torch_dispatch_stack"),
     "torch._C._dynamo.eval_frame": ("reset_code",),
-    "torch._C._functorch": ("peek_interpreter_stack",),
+    "torch._C._functorch": ("get_unwrapped", "is_functorch_wrapped_tensor", "peek_interpreter_stack"),
     "torch._dynamo.backends.registry": ("_BACKENDS", "lookup_backend"),
     "torch._dynamo.config": (
         "capture_dynamic_output_shape_ops",
@@ -136,7 +136,10 @@ def hint_of(size: Any) -> Any:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """The same number for tensors that share their memory; fake tensors too."""
+    """The same number for tensors that share their memory; fake tensors and those under a transform (vmap) too."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
     return id(tensor) if parts_of(tensor) is not None else int(tensor.untyped_storage()._cdata)
 
 

@@ -6,7 +6,8 @@ import functools
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ class Draw:
         return torch.randint(0, high, shape, generator=self._generator)
 
 
+@contextmanager
+def _memory_filled() -> Iterator[None]:
+    """New tensors hold NaN where nothing was written to them: a class that leaves weights as memory comes is noticed."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
 @dataclass(frozen=True, slots=True)
 class TinyModel:
     """A class of diffusers in a size that runs in milliseconds.
@@ -88,7 +100,8 @@ class TinyModel:
         module = importlib.import_module(discovered()[self.name])
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            model: nn.Module = getattr(module, self.name)(**self.config).eval()
+            with _memory_filled():
+                model: nn.Module = getattr(module, self.name)(**self.config).eval()
             for parameter in model.parameters():
                 size = float(parameter.double().abs().mean())
                 if not 1e-4 < size < 10.0:

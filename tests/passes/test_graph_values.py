@@ -19,6 +19,7 @@ from cache_dit.passes.graph_values import (
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from cache_dit.torch_internals import memory_of
 from tests.models import Stack, capture, example, seeded, traced_stack
 
 
@@ -171,3 +172,16 @@ def test_higher_order_operators_and_contexts_stay() -> None:
     assert not is_removable(graph.call_function(torch.ops.higher_order.cond, ()))
     assert not is_removable(graph.call_function(torch.amp.autocast_mode._enter_autocast, ()))
     assert not is_removable(graph.placeholder("x"))
+
+
+def test_memory_is_told_under_a_transform_too() -> None:
+    """Tensors within vmap have no storage of their own to ask for."""
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(memory_of(x) == memory_of(x[1:]))
+        seen.append(memory_of(x) == memory_of(x * 2.0))
+        return x
+
+    torch.vmap(look)(torch.randn(3, 4))
+    assert seen == [True, False]
