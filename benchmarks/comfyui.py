@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/comfy"))
 from server import Server, Workflow, running
 
 STEPS = 28
+# of the thresholds of other caches
+RESOLUTION = 0.002
 DEPTHS = "2+2,4+8,8+16"
 Apply = Callable[[Workflow, list[Any]], list[Any]]
 CONFIG = {"strategy": "fixed", "skip_interval": 2, "warmup_steps": 3, "noise_scale": 0.001, "enable_debug": False}
@@ -83,11 +85,13 @@ def quality(server: Server, repeats: int) -> list[dict[str, Any]]:
         "CacheDit, eager": ours("eager"),
         "CacheDit, inductor": ours("inductor"),
     }
+    # before anything of theirs has been compiled; the first prompt of all is the server's own
+    timed(server, digits(plain, 99))
+    first = {name: timed(server, digits(apply, 100))[0] for name, apply in contenders.items()}
     wanted = distance(server, contenders["CacheDit, eager"])
     for name in ("EasyCache", "LazyCache"):
-        threshold = nearest(server, name, wanted)
-        contenders[f"{name} {threshold:g}"] = easy(name, threshold)
-    first = {name: timed(server, digits(apply, 100))[0] for name, apply in contenders.items()}
+        for threshold in nearest(server, name, wanted):
+            contenders[f"{name} {threshold:.4f}"] = easy(name, threshold)
     later: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(repeats):
         for name, apply in contenders.items():
@@ -95,23 +99,23 @@ def quality(server: Server, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name, apply in contenders.items():
         psnr = None if apply is plain else distance(server, apply)
-        rows.append({"name": name, "first_s": first[name], "later_s": statistics.median(later[name]), "psnr_db": psnr})
+        rows.append({"name": name, "first_s": first.get(name), "later_s": statistics.median(later[name]), "psnr_db": psnr})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def nearest(server: Server, name: str, wanted: float) -> float:
-    """The largest threshold at which another cache stays at least as near to the plain picture."""
+def nearest(server: Server, name: str, wanted: float) -> tuple[float, ...]:
+    """The largest threshold at which another cache stays at least as near to the plain picture, and the next one above."""
     low, high = 0.0, 3.0
     if distance(server, easy(name, high)) >= wanted:
-        return high
-    while high - low > 0.01:
+        return (high,)
+    while high - low > RESOLUTION:
         middle = (low + high) / 2
         if distance(server, easy(name, middle)) >= wanted:
             low = middle
         else:
             high = middle
-    return low
+    return low, high
 
 
 def flux(apply: Apply, depth: str, width: int, seed: int) -> dict[str, Any]:
@@ -127,6 +131,8 @@ def wait(server: Server, repeats: int, width: int, depths: str) -> list[dict[str
     rows = []
     for depth in depths.split(","):
         row: dict[str, Any] = {"depth": depth, "width": width}
+        # the model is made and the server has warmed up: that is nobody's wait
+        timed(server, flux(plain, depth, width, 9))
         for inner in ("eager", "inductor"):
             row[f"{inner}_first_s"], _ = timed(server, flux(ours(inner), depth, width, 10))
         ways = {"plain": plain, "eager": ours("eager"), "inductor": ours("inductor")}
@@ -165,7 +171,13 @@ def main() -> None:
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as home,
-        running(options.folder / f"comfy-{options.version}", Path(home), CACHE_DIT_LANG="en") as server,
+        # compilers find nothing stored: the first prompt's wait is that of a fresh installation
+        running(
+            options.folder / f"comfy-{options.version}",
+            Path(home),
+            CACHE_DIT_LANG="en",
+            TORCHINDUCTOR_CACHE_DIR=f"{home}/inductor",
+        ) as server,
     ):
         rows: dict[str, Any] = {}
         if options.part in ("overhead", "all"):

@@ -70,13 +70,20 @@ class Worker:
 
 
 def peers_python() -> Path:
-    """The interpreter of the peers' environment, which is made on first use: one of them has our import name."""
+    """The interpreter of the peers' environment, which is made on first use: one of them has our import name.
+
+    It sees the packages that we run with, so that all are measured on the same torch and diffusers. Its own come first,
+    and Python reads the file that makes an editable package known in an environment's own folder alone.
+    """
     python = PEERS / "bin" / "python"
     stamp = PEERS / "installed"
     wanted = (FOLDER / "peers.txt").read_text(encoding="utf-8")
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         print(f"installing the peers into {PEERS}, once", flush=True)
         venv.create(PEERS, with_pip=True, clear=True)
+        ours = [entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))]
+        home = next((PEERS / "lib").glob("python*/site-packages"), PEERS / "Lib" / "site-packages")
+        (home / "ours.pth").write_text("\n".join(ours), encoding="utf-8")
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "-c", str(ROOT / "constraints.txt"), "-r", str(FOLDER / "peers.txt")], check=True)
         stamp.write_text(wanted, encoding="utf-8")

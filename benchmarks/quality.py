@@ -7,8 +7,8 @@
     python benchmarks/quality.py --report        # table and plots of what has been measured so far
 
 A cell is one rule at one ratio in one setting of one model. Each is measured once and appended to OUT/cells.jsonl under a
-key that holds the checkpoint's hash: a later call measures what is missing. Models are shared out over worker processes
-of one thread each. Distances are against the uncached run with the same noise.
+key that holds the hashes of the checkpoint and of the rule's code: a later call measures what is missing. Models are
+shared out over worker processes of one thread each. Distances are against the uncached run with the same noise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from beds import BEDS, Bed
 from judge import judge
 from quality_report import write_report
-from rules import BY_NAME, RULES, Rule, computed_steps
+from rules import BY_NAME, RULES, Rule, computed_steps, digest
 from sampling import Sampler, Setting, labels_of, shifted_sigmas
 from torch import Tensor
 
@@ -43,6 +43,8 @@ BEYOND = (5.0, 7.0)
 # Of the rules in the named part these are varied in every other factor: the default, its nearest rival, the best known rule.
 BEST = ("adaptive", "sigma_line_retro", "taylor2")
 SEARCHES = 7
+# Measured first: what the default is compared with before anything else.
+TELLING = ("adaptive", "taylor2", "teacache_taylor", "sigma_line_retro", "reuse", "first_block_taylor")
 VARIED = (
     replace(MAIN, shift=1.0),
     replace(MAIN, steps=20),
@@ -68,7 +70,7 @@ class Cell:
     ratio: float
 
     def key(self, fingerprint: str) -> str:
-        return json.dumps([self.bed, fingerprint, asdict(self.setting), self.rule, self.ratio])
+        return json.dumps([self.bed, fingerprint, asdict(self.setting), self.rule, self.ratio, digest(self.rule)])
 
 
 def planned(arguments: argparse.Namespace) -> list[Cell]:
@@ -78,8 +80,11 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
         rules = ("reuse", "taylor2", "sigma_line", "adaptive_plain", "adaptive")
         return [Cell("dit", small, rule, 3.0) for rule in rules]
     beds = arguments.beds
-    linear = replace(MAIN, shift=1.0)
-    named = [Cell(bed, s, rule.name, ratio) for s in (MAIN, linear) for ratio in RATIOS for rule in RULES for bed in beds]
+    settings = (MAIN, replace(MAIN, shift=1.0))
+    later = [rule.name for rule in RULES if rule.name not in TELLING]
+    tiers = (TELLING, later)
+    # the ratios of a rule together: its programs are compiled then, and what its search has found serves all of them
+    named = [Cell(b, s, rule, ratio) for tier in tiers for s in settings for rule in tier for ratio in RATIOS for b in beds]
     if arguments.goals:
         return named
     named += [Cell(bed, MAIN, rule, ratio) for ratio in BEYOND for rule in BEST for bed in beds]
@@ -114,6 +119,8 @@ class Runner:
         self.bed, self.out, self.inner = bed, out, inner
         self.model = bed.load()
         self.references: dict[Setting, Tensor] = {}
+        # of each rule with a threshold, by setting: the thresholds tried, and what came of them
+        self.curves: dict[tuple[str, Setting], dict[float, tuple[Tensor, dict[str, Any]]]] = {}
 
     def reference(self, setting: Setting) -> Tensor:
         """The uncached samples of a setting: those of the setting itself, whatever the cache is told of it."""
@@ -153,22 +160,24 @@ class Runner:
     def search(self, rule: Rule, setting: Setting, count: int) -> tuple[Tensor, dict[str, Any]]:
         """Halve the threshold's range (in its logarithm) until as many steps compute as wanted, or as nearly as it gets."""
         assert rule.threshold is not None
-        low, high = 1e-3, 10.0
-        best: tuple[Tensor, dict[str, Any]] | None = None
-        points = []
-        evaluations = count * (2 if setting.solver == "heun" else 1)
+        known = self.curves.setdefault((rule.name, setting), {})
+        wanted = count * (2 if setting.solver == "heun" else 1)
+
+        def off(threshold: float) -> int:
+            computed: int = known[threshold][1]["computed"]
+            return computed - wanted
+
         for _ in range(SEARCHES):
-            middle = (low * high) ** 0.5
-            images, found = self.cached(rule, setting, count, {rule.threshold: middle})
-            computed = found["computed"]
-            points.append([middle, computed / found["steps"], judge_psnr(images, self.reference(setting))])
-            if best is None or abs(computed - evaluations) < abs(best[1]["computed"] - evaluations):
-                best = images, found
-            if computed == evaluations:
+            if any(off(tried) == 0 for tried in known):
                 break
-            low, high = (middle, high) if computed > evaluations else (low, middle)
-        assert best is not None
-        return best[0], {**best[1], "points": points}
+            low = max((tried for tried in known if off(tried) > 0), default=1e-3)
+            high = min((tried for tried in known if off(tried) < 0), default=10.0)
+            middle = (low * high) ** 0.5
+            known[middle] = self.cached(rule, setting, count, {rule.threshold: middle})
+        best = min(sorted(known), key=lambda tried: abs(off(tried)))
+        reference = self.reference(setting)
+        points = [[t, f["computed"] / f["steps"], judge_psnr(i, reference)] for t, (i, f) in sorted(known.items())]
+        return known[best][0], {**known[best][1], "points": points}
 
 
 def judge_psnr(images: Tensor, reference: Tensor) -> float:
@@ -206,6 +215,13 @@ def measured(out: Path) -> list[dict[str, Any]]:
     for path in sorted(out.glob("cells_*.jsonl")):
         lines.extend(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
     return lines
+
+
+def is_current(line: dict[str, Any], fingerprint: str) -> bool:
+    """Whether a cell was measured with the checkpoint and the rules that are there."""
+    if line["rule"] not in BY_NAME:
+        return False
+    return line["key"] == Cell(line["bed"], Setting(**line["setting"]), line["rule"], line["ratio"]).key(fingerprint)
 
 
 def missing(arguments: argparse.Namespace) -> list[Cell]:
@@ -273,7 +289,7 @@ def main() -> None:
         run_workers(arguments)
     left = len(missing(arguments))
     marks = {name: BEDS[name]().fingerprint() for name in BEDS}
-    current = [line for line in measured(arguments.out) if json.loads(line["key"])[1] == marks[line["bed"]]]
+    current = [line for line in measured(arguments.out) if is_current(line, marks[line["bed"]])]
     torch.set_num_threads(1)
     strips = {} if arguments.ci else {name: dict(samples_along(BEDS[name](), arguments.inner)) for name in arguments.beds}
     write_report(arguments.out, current, {name: BEDS[name]().title for name in BEDS}, shifted_sigmas, strips)

@@ -6,11 +6,24 @@ thresholds found by halving until the number of computed steps is the wanted one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
+import sampling
 from sampling import Setting
+
+from cache_dit.forecasts import FORECASTS, auto
+from cache_dit.options import resolve_options
+from cache_dit.runtime import correction, corrector, solvers
+from cache_dit.runtime.session import AUTO_CANDIDATES
+from cache_dit.strategies import build_strategy
 
 Options = dict[str, Any]
 
@@ -103,3 +116,49 @@ RULES: tuple[Rule, ...] = (
 )
 
 BY_NAME = {rule.name: rule for rule in RULES}
+
+
+@functools.cache
+def digest(name: str) -> str:
+    """The first digits of a hash over the code that a rule consists of: results of other code are other results.
+
+    Comments, docstrings and layout do not count, nor does the rest of the product: there only the rules may change a picture.
+    """
+    rule = BY_NAME[name]
+    given = {**rule.options(Setting(), 9), **({rule.threshold: 0.1} if rule.threshold else {})}
+    if rule.fewer_steps:
+        modules = {sampling}
+    else:
+        options = resolve_options(given)
+        candidates = AUTO_CANDIDATES if options.forecast == "auto" else (options.forecast,)
+        parts: list[object] = [build_strategy(options), *(FORECASTS[each] for each in candidates)]
+        modules = {sys.modules[type(part).__module__] for part in parts}
+        modules |= {auto} if options.forecast == "auto" else set()
+        modules |= (
+            {correction, corrector, solvers, sys.modules[type(FORECASTS["lagrange"]).__module__]}
+            if options.may_correct()
+            else set()
+        )
+    found = sorted({module.__name__: _code(module) for start in modules for module in _reached(start, set())}.items())
+    return hashlib.sha256(repr((given, found)).encode()).hexdigest()[:12]
+
+
+def _reached(module: ModuleType, seen: set[str]) -> Iterator[ModuleType]:
+    """A module and those of strategies and forecasts whose functions and classes it uses."""
+    if module.__name__ in seen:
+        return
+    seen.add(module.__name__)
+    yield module
+    used = {getattr(value, "__module__", None) for value in vars(module).values()}
+    for name in sorted(str(each) for each in used):
+        if name.startswith(("cache_dit.strategies.", "cache_dit.forecasts.")):
+            yield from _reached(sys.modules[name], seen)
+
+
+def _code(module: ModuleType) -> str:
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [each for each in body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]  # type: ignore[attr-defined]
+    return ast.dump(tree)

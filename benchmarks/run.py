@@ -1,15 +1,16 @@
 """Measure speed: what caching costs where it does not hit, how near a skipped step comes to what has to run anyway, and how
 long compiling takes, beside plain `torch.compile` and the peers.
 
-    make bench                                            the named part: the small subjects, one large one, depths, host time
-    make bench ARGS="--full"                              every subject, sizes compiled as dynamic too
+    make bench                                            the named part, forty minutes: small subjects, one large one, depths
+    make bench ARGS="--full"                              every variant of every subject, dynamic sizes, more depths: hours
     make bench ARGS="--subjects flux-small --no-peers"    one subject, ours alone
     make bench ARGS="--device cuda"                       on a GPU (peers included)
 
 Every variant is a process of its own, asked for a step in turn (A B C D A B C D …), so that a machine whose speed drifts
-disturbs all of them alike. First calls are timed one process after another, each with an empty cache folder (cold) and once
-more with the same folder (warm). Results go to out/bench: results.json, results.md and plots. It goes on where it was
-stopped; --fresh begins anew.
+disturbs all of them alike; torch's caches on disk are shared by the variants of a subject, so that a kernel that several have
+is compiled once. How long compiling takes is measured apart: one process after another, each with an empty cache folder
+(cold) and once more with the same folder (warm). Results go to out/bench: results.json, results.md and plots. It goes on
+where it was stopped; --fresh begins anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,26 @@ from speed_report import write_report
 from subjects import SUBJECTS
 from variants import VARIANTS
 
-NAMED = ("demo", "flux-small", "wan-small", "qwen-small", "sd3-small", "flux-large")
-DEPTHS = (8, 16, 32, 64)
-DEEP_VARIANTS = ("plain", "specialize", "pieces", "DBCache")
+# what is measured of each subject where no variants are named: all, or these
+FEW = (
+    "never hitting",
+    "specialize",
+    "pieces",
+    "adaptive",
+    "diffusers FirstBlockCache, never",
+    "diffusers TaylorSeerCache",
+    "DBCache",
+)
+NAMED: dict[str, tuple[str, ...]] = {
+    "demo": tuple(VARIANTS),
+    "flux-small": tuple(VARIANTS),
+    "flux-large": FEW,
+    "wan-small": FEW,
+    "qwen-small": FEW,
+    "sd3-small": FEW,
+}
+DEPTHS, ALL_DEPTHS = (8, 32), (8, 16, 32, 64)
+COMPILED = ("plain", "specialize", "pieces", "DBCache")
 
 
 def main() -> None:
@@ -62,23 +81,25 @@ def main() -> None:
 
 
 def _parts(arguments: argparse.Namespace) -> list[tuple[str, list[str], list[str]]]:
-    subjects = arguments.subjects or list(SUBJECTS if arguments.full else NAMED)
-    parts: list[tuple[str, list[str], list[str]]] = [("host", ["demo"], []), ("steps", subjects, [])]
+    subjects = list(SUBJECTS if arguments.full else NAMED) if arguments.subjects is None else arguments.subjects
+    depths = (ALL_DEPTHS if arguments.full else DEPTHS) if arguments.depths is None else arguments.depths
+    demo = [name for name in subjects if name == "demo"]
+    parts: list[tuple[str, list[str], list[str]]] = [("host", demo, []), ("steps", subjects, [])]
     if arguments.full:
         parts.append(("steps", [name for name in subjects if name != "demo"], ["--dynamic"]))
-    if arguments.depths:
-        parts.append(("compile", [f"flux-deep-{depth}" for depth in arguments.depths], []))
+    parts.append(("compile", demo, []))
+    parts.append(("compile", [f"flux-deep-{depth}" for depth in depths], []))
     return parts
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS))
+    parser.add_argument("--subjects", nargs="*", choices=list(SUBJECTS))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="plain and floor are always among them")
     parser.add_argument("--full", action="store_true", help="every subject, and dynamic sizes")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="without the environment of the peers")
-    parser.add_argument("--depths", nargs="*", type=int, default=DEPTHS, help="numbers of blocks whose compilation is timed")
+    parser.add_argument("--depths", nargs="*", type=int, help="numbers of blocks whose compilation is timed")
     parser.add_argument("--rounds", type=int, default=56, help="timed steps of each variant, a multiple of the run's length")
     parser.add_argument("--run-length", type=int, default=28)
     parser.add_argument("--threads", type=int, default=1)
@@ -97,7 +118,8 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "inner": arguments.inner,
         "rounds": arguments.rounds,
-        "peers": (FOLDER / "peers.txt").read_text(encoding="utf-8").split()[-5] if arguments.peers else "none",
+        "diffusers": version("diffusers"),
+        "peers": (FOLDER / "peers.txt").read_text(encoding="utf-8").splitlines()[-1] if arguments.peers else "none",
     }
 
 
@@ -106,8 +128,8 @@ def _options(arguments: argparse.Namespace) -> list[str]:
     return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
 
 
-def _chosen(arguments: argparse.Namespace) -> list[str]:
-    wanted = arguments.variants or list(VARIANTS)
+def _chosen(subject: str, arguments: argparse.Namespace) -> list[str]:
+    wanted = arguments.variants or (VARIANTS if arguments.full else NAMED.get(subject, FEW))
     return [
         name
         for name, variant in VARIANTS.items()
@@ -120,12 +142,12 @@ def _python(variant: str) -> Path:
 
 
 def _steps(subject: str, arguments: argparse.Namespace, options: list[str], log: Path) -> dict[str, Any]:
-    """Every variant's first calls, steps in turns, and facts."""
+    """Every variant's steps in turns, and facts."""
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
-        for name in _chosen(arguments):
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for name in _chosen(subject, arguments):
             worker = stack.enter_context(Worker(subject, name, _python(name), folder, [*_options(arguments), *options], log))
             found[name] = dict(worker.first)
             if "failed" in worker.first:
@@ -148,7 +170,7 @@ def _steps(subject: str, arguments: argparse.Namespace, options: list[str], log:
 def _compile(subject: str, arguments: argparse.Namespace, options: list[str], log: Path) -> dict[str, Any]:
     """First calls with an empty cache folder and in a second process with the same one."""
     found: dict[str, Any] = {}
-    for name in DEEP_VARIANTS:
+    for name in COMPILED:
         if VARIANTS[name].peer and not arguments.peers:
             continue
         found[name] = {}

@@ -19,28 +19,40 @@ def marks(found: Found) -> str:
     return "".join("0" if error > SKIPPED else "1" for error in found["errors"])
 
 
-def medians(found: Found) -> dict[str, float]:
-    """Median seconds of computed and of skipped steps, where the marks tell which is which, and of all."""
-    values = {"all": statistics.fmean(each["seconds"] for each in found["steps"])}
-    seen = marks(found)
+def kinds(found: Found) -> dict[str, list[float]]:
+    """Seconds of the computed and of the skipped steps, where they can be told apart.
+
+    Ours skip at odd places of a run. Others may change turns from run to run, so theirs are told by their time: a step is
+    computed where it takes longer than halfway between the first and the last decile.
+    """
+    seen, steps = marks(found), found["steps"]
     if set(seen) == {"1"}:
-        kinds = {"computed": [each["seconds"] for each in found["steps"]]}
-    elif seen == "10" * (len(seen) // 2):
-        kinds = {
-            "computed": [each["seconds"] for each in found["steps"] if each["place"] % 2 == 0],
-            "skipped": [each["seconds"] for each in found["steps"] if each["place"] % 2 == 1],
-        }
-    elif seen == "1" + "0" * (len(seen) - 1):
-        kinds = {"skipped": [each["seconds"] for each in found["steps"]]}
+        return {"computed": [each["seconds"] for each in steps]}
+    if seen == "1" + "0" * (len(seen) - 1):
+        return {"skipped": [each["seconds"] for each in steps]}
+    if seen != "10" * (len(seen) // 2):
+        return {}
+    if "lowering" in found:
+        is_computed = [each["place"] % 2 == 0 for each in steps]
     else:
-        kinds = {}
-    return values | {kind: statistics.median(seconds) for kind, seconds in kinds.items()}
+        deciles = statistics.quantiles((each["seconds"] for each in steps), n=10)
+        is_computed = [2 * each["seconds"] > deciles[0] + deciles[-1] for each in steps]
+    both = list(zip(steps, is_computed, strict=True))
+    return {
+        "computed": [each["seconds"] for each, computed in both if computed],
+        "skipped": [each["seconds"] for each, computed in both if not computed],
+    }
+
+
+def medians(found: Found) -> dict[str, float]:
+    """Median seconds of computed and of skipped steps, where they can be told apart, and the mean of all."""
+    mean = statistics.fmean(each["seconds"] for each in found["steps"])
+    return {"all": mean} | {kind: statistics.median(seconds) for kind, seconds in kinds(found).items()}
 
 
 def spread(found: Found) -> str:
-    """The first and the last decile of all steps of the more frequent kind, in milliseconds."""
-    seconds = sorted(each["seconds"] for each in found["steps"] if len(set(marks(found))) == 1 or each["place"] % 2 == 0)
-    deciles = statistics.quantiles(seconds, n=10)
+    """The first and the last decile of the computed steps, in milliseconds."""
+    deciles = statistics.quantiles(kinds(found)["computed"], n=10)
     return f"{deciles[0] * 1e3:.2f} to {deciles[-1] * 1e3:.2f}"
 
 
@@ -55,12 +67,12 @@ def steps_table(measured: Mapping[str, Found]) -> list[str]:
     floor = statistics.median(each["seconds"] for each in measured["floor"]["steps"])
     lines = [
         "| variant | graphs / breaks | steps | computed / plain | skipped / plain | skipped / floor | saved of what could be"
-        " | computed ms (10 % to 90 %) | first calls, cold | kept, MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " | computed ms (10 % to 90 %) | kept, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in measured.items():
         if "failed" in found:
-            lines.append(f"| {name} | does not run: {found['failed'][:160]} |" + " |" * 8)
+            lines.append(f"| {name} | does not run: {found['failed'][:160]} |" + " |" * 7)
             continue
         if name == "floor":
             cells = ["", "", f"{floor / plain:.3f}", "1.000", "", f"{floor * 1e3:.2f}"]
@@ -79,15 +91,14 @@ def steps_table(measured: Mapping[str, Found]) -> list[str]:
                 f"{computed * 1e3:.2f} ({spread(found)})" if computed is not None else f"all {own['all'] * 1e3:.2f}",
             ]
         kept = f"{found['cached_bytes'] / 1e6:.2f}" if "cached_bytes" in found else ""
-        first = f"{sum(found['first_calls']):.1f} s"
-        lines.append(f"| {name} | {found['graphs']} / {found['breaks']} | " + " | ".join([*cells, first, kept]) + " |")
+        lines.append(f"| {name} | {found['graphs']} / {found['breaks']} | " + " | ".join([*cells, kept]) + " |")
     return lines
 
 
 def compile_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
-    """One row a depth and state, one column a variant: seconds, and the ratio to plain."""
+    """One row a subject and state, one column a variant: seconds, and the ratio to plain."""
     names = list(next(iter(measured.values())))
-    lines = ["| blocks | state | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    lines = ["| model | state | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for label, found in measured.items():
         for state in ("cold", "warm"):
             plain = sum(found["plain"][state]["first_calls"])
@@ -96,7 +107,7 @@ def compile_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
                 first = found[name][state]
                 total = sum(first["first_calls"]) if "first_calls" in first else None
                 cells.append("does not run" if total is None else f"{total:.1f} s ({total / plain:.2f})")
-            lines.append(f"| {label.rpartition('-')[2]} | {state} | " + " | ".join(cells) + " |")
+            lines.append(f"| {subject(label).title} | {state} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -105,8 +116,8 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
     machine = results["machine"]
     lines = [
         f"{machine['platform']}, {machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads, torch "
-        f"{machine['torch']}, inner compiler {machine['inner']}; peers: {machine['peers']}. Medians of {machine['rounds']} "
-        "steps in turns.",
+        f"{machine['torch']}, inner compiler {machine['inner']}; peers: {machine['peers']}, diffusers "
+        f"{machine.get('diffusers', '')}. Medians of {machine['rounds']} steps in turns.",
         "",
     ]
     for label, measured in results["steps"].items():
@@ -114,18 +125,20 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
         lines += [f"### {subject(label.split()[0]).title}{dynamic}", "", *steps_table(measured), ""]
         plot_run(measured, out / f"run-{label.replace(' ', '-')}.png", label)
     if results["compile"]:
-        lines += ["### Seconds of the first three calls, by number of blocks (ratio to plain)", ""]
+        lines += ["### Seconds of the first three calls (ratio to plain)", ""]
         lines += [*compile_table(results["compile"]), ""]
         plot_depth(results["compile"], out / "compile-depth.png")
     for label, measured in results["host"].items():
         added = ", ".join(f"{name} {value:.0f} µs" for name, value in measured.items() if name.endswith("adds"))
         title = SUBJECTS[label]().title
-        lines += [f"### Host time a call, without kernels: {title}", "", f"plain {measured['plain']:.0f} µs; {added}", ""]
+        weights = f"; of that, comparing the weights takes {measured['comparing the weights takes']:.0f} µs"
+        told = f"plain {measured['plain']:.0f} µs; {added}{weights}"
+        lines += [f"### Host time a call, without kernels: {title}", "", told, ""]
     (out / "results.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def plot_run(measured: Mapping[str, Found], file: Path, title: str) -> None:
-    """Milliseconds of each step along a run, one line a variant that skips or is a measure."""
+    """Milliseconds of each step along one run, one line a variant that skips or is a measure."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 4.5))
@@ -134,8 +147,8 @@ def plot_run(measured: Mapping[str, Found], file: Path, title: str) -> None:
         found = measured.get(name, {})
         if "steps" not in found:
             continue
-        places = sorted({each["place"] for each in found["steps"]})
-        values = [statistics.median(e["seconds"] for e in found["steps"] if e["place"] == place) * 1e3 for place in places]
+        run = _one_run(found["steps"])
+        places, values = [each["place"] for each in run], [each["seconds"] * 1e3 for each in run]
         axes.plot(places, values, marker="o", markersize=3, linewidth=1, label=name)
     axes.set(xlabel="step of the run", ylabel="milliseconds", title=title)
     axes.set_ylim(bottom=0)
@@ -144,10 +157,19 @@ def plot_run(measured: Mapping[str, Found], file: Path, title: str) -> None:
     _save(figure, file)
 
 
+def _one_run(steps: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    """The first run that was measured from its first step; no medians over runs, since some change turns between them."""
+    starts = [i for i, each in enumerate(steps) if each["place"] == 0]
+    return steps[starts[0] : starts[1]] if len(starts) > 1 else steps[: len({each["place"] for each in steps})]
+
+
 def plot_depth(measured: Mapping[str, Mapping[str, Found]], file: Path) -> None:
     """Seconds of the first calls over the number of blocks, cold and warm."""
     from matplotlib import pyplot
 
+    measured = {label: found for label, found in measured.items() if "-deep-" in label}
+    if not measured:
+        return
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharex=True)
     depths = [int(label.rpartition("-")[2]) for label in measured]
     for axes, state in zip(panels, ("cold", "warm"), strict=True):

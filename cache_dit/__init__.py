@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from .artifact.export import export
     from .artifact.load import load
+    from .calibration import Calibration, calibrate
     from .errors import CacheDitError
     from .explanation import Explanation
     from .options import CacheOptions
@@ -60,6 +61,7 @@ _HOME = {
     ),
     "artifact.export": ("export",),
     "artifact.load": ("load",),
+    "calibration": ("Calibration", "calibrate"),
     "errors": ("CacheDitError",),
     "explanation": ("Explanation",),
     "options": ("CacheOptions",),
@@ -71,8 +73,10 @@ __all__ = [
     "CacheDitError",
     "CacheOptions",
     "CacheStats",
+    "Calibration",
     "Explanation",
     "cached",
+    "calibrate",
     "context",
     "disable",
     "disable_cache",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import reprlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from .backend import owned_backend
+from .calibration import Calibration
 from .errors import CacheDitError, NoBlocksError
 from .explanation import Explanation, explain_session
 from .integrations import comfyui
@@ -50,6 +53,7 @@ def enable_cache(
     order: int | None = None,
     tolerance: float | None = None,
     target_speedup: float | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     correction: str | bool | None = None,
     max_consecutive_hits: int | None = None,
     control_refresh: bool | float | None = None,
@@ -85,6 +89,8 @@ def enable_cache(
         order: order of the forecast (1 to 3; default 1).
         tolerance: adaptive: how far the input of the cached blocks may move, relative to its size, between computed steps.
         target_speedup: adaptive: by what factor the cached blocks' work is to fall over a run.
+        calibration: adaptive with a ``target_speedup``: what `calibrate` measured, or its file, to place
+            computed steps by.
         correction: ``'auto'`` or a bool.
         max_consecutive_hits: the most steps skipped in a row (default 4; adaptive: its own choice).
         control_refresh: compute a step due to be skipped where what enters the cached blocks from outside (the outputs of a
@@ -124,9 +130,17 @@ def enable_cache(
     for module in targets:
         if options.region is None and not may_have_blocks(module):
             raise NoBlocksError(text("no_transformer", options.language))
-    for module in targets:
-        _enable(module, options)
-    follow_integration(model, [_own_session(module) for module in targets])
+    try:
+        for module in targets:
+            _enable(module, options)
+        with _slots:
+            follow_integration(model, [_own_session(module) for module in targets])
+    except BaseException:
+        # not half of a pipeline's denoisers: a second call would take them all for enabled
+        leave_integration(model)
+        for module in targets:
+            _disable(module)
+        raise
     return model
 
 
@@ -148,12 +162,21 @@ def _is_enabled(module: torch.nn.Module) -> bool:
     return isinstance(in_compile_slot(module), CachedCall)
 
 
+# Held while a compile slot is looked at and taken, or given back, and for nothing that waits.
+_slots = threading.RLock()
+
+
 def _enable(module: torch.nn.Module, options: CacheOptions) -> None:
     session = Session(options, model_name(module), owns_calls=True)
     call = CachedCall(module, session, owned_backend(options.program()))
     call.join_ranks()
-    register_module(module, session)
-    call.install()
+    with _slots:
+        if _is_enabled(module):
+            # another thread was quicker
+            warn("already_enabled", options.language)
+            return
+        register_module(module, session)
+        call.install()
 
 
 def _own_session(module: torch.nn.Module) -> Session:
@@ -177,7 +200,8 @@ def disable_cache(model: Model) -> Model:
     if not sessions:
         warn("nothing_to_disable")
         return model
-    leave_integration(model)
+    with _slots:
+        leave_integration(model)
     for module in modules:
         _disable(module)
     return model
@@ -188,14 +212,16 @@ def _sessions_in_force(module: torch.nn.Module) -> list[Session]:
 
 
 def _disable(module: torch.nn.Module) -> None:
+    """The slot first and the sign last: where an error or an interrupt comes between them, a second call does the rest."""
     for session in _sessions_in_force(module):
         # a call of another thread ends first
         with session.lock:
-            session.enabled = False
+            with _slots:
+                call = in_compile_slot(module)
+                if isinstance(call, CachedCall) and call.session is session:
+                    call.remove()
             session.release()
-    call = in_compile_slot(module)
-    if isinstance(call, CachedCall):
-        call.remove()
+            session.enabled = False
 
 
 def summary(model: object) -> str:

@@ -14,11 +14,10 @@ from torch import fx
 from . import passes
 from .errors import CacheDitError, NoBlocksError
 from .graph_report import GraphReport, describe_region
-from .lowering import NotInPieces, choose_lowering, with_cache_examples
+from .lowering import Unsuited, choose_lowering, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options
 from .other_project import warn_of_other_project
-from .passes.graph_values import example_of
 from .runtime.program import CachedGraph, Programs, UncachedGraph, sizes_are_known
 from .runtime.ranks import is_parallel
 from .runtime.registry import session_of_parameter
@@ -32,7 +31,6 @@ from .torch_internals import (
     copy_dynamo_graph,
     frame_id,
     inner_compiler,
-    is_distributed,
     is_tracer_signal,
     recompile_reason,
     record_rewrite,
@@ -229,9 +227,13 @@ def rewrite_graph(
     region = find_region(graph, front=program.front_blocks, back=program.back_blocks, named=named)
     if isinstance(region, passes.Refusal):
         return region
-    if any(is_distributed(example_of(out.node)) for out in region.live_outs):
-        return passes.Refusal("distributed_tensor")
     controls = passes.control_inputs(graph, region)
+    local = passes.localize_region(graph, region)
+    if isinstance(local, passes.Refusal):
+        return local
+    if local is not region:
+        record_rewrite("localize_region", 1, graph)
+        region = local
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
     inputs = passes.insert_cache_branch(graph, region, program.branch)
     record_rewrite("insert_cache_branch", 1, graph)
@@ -272,7 +274,7 @@ def _lowered(
     examples = with_cache_examples(graph, examples)
     try:
         programs = form.lower(graph, examples, compile_inner)
-    except NotInPieces as error:
+    except Unsuited as error:
         asked, form = form.name, choose_lowering("specialize")
         if program.lowering == asked:
             why = text(f"whole_{error}", language)

@@ -31,9 +31,9 @@ from .runtime.session import active_session
 from .texts import text
 from .torch_internals import (
     COMPILE_SLOT,
-    allowing_recompiles,
     compile_limits,
     fake_like,
+    traced_with,
     uncompiled_call,
     without_source,
     write_counter,
@@ -155,7 +155,7 @@ class CachedBlock:
         self._graphs: dict[Hashable, BlockGraph | None] = {}
         self._run: Callable[..., Any] = uncompiled_call(block)
         if owner.program.inner != "eager":
-            self._run = allowing_recompiles(torch.compile(self._run, backend=owner.compile_inner, **compile_limits()))
+            self._run = traced_with(torch.compile(self._run, backend=owner.compile_inner, **compile_limits()))
 
     def install(self) -> None:
         """Take the slot."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final
 
+from .calibration import Calibration, read_calibration
 from .texts import LANGUAGES, text
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class CacheOptions:
     order: int = 1
     tolerance: float = DEFAULT_TOLERANCE
     target_speedup: float | None = None  # None: `tolerance` rules alone
+    calibration: Calibration | None = None  # None: computed steps are placed by the noise levels
     correction: bool | str = "auto"
     max_consecutive_hits: int | None = None  # None: the strategy
     control_refresh: float | None = None  # None: what enters the cached blocks from outside is not watched
@@ -463,6 +465,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "order": _integer(1, MAX_ORDER),
     "tolerance": _Rule("float > 0", _accept_positive),
     "target_speedup": _number(1),
+    "calibration": _Rule("Calibration | str | os.PathLike (a file written by Calibration.save)", read_calibration),
     "correction": _Rule("'auto' | bool", _accept_correction),
     "max_consecutive_hits": _integer(1),
     "control_refresh": _Rule("bool | float > 0", _accept_control_refresh),

@@ -6,6 +6,7 @@ A new text is one entry of `TEXTS`: its key, the Chinese and the English form wi
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Final
 
 LANGUAGES: Final = ("zh", "en")
@@ -138,7 +139,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "few_steps_skipped": (
         "本次采样只有 {steps} 步，其中第 {skipped} 步会被跳过。步数很少的模型相邻两步差别很大，跳过往往看得出来\n"
         "解决方案: 请对比有无缓存的图片；不想跳过时请设置 warmup_steps={steps}",
-        "the run has {steps} steps, of which {skipped} will be skipped. Models of few steps change much from one to the next, "
+        "the run has {steps} steps, and will skip these: {skipped}. Models of few steps change much from one to the next, "
         "so skipping may show\n"
         "Remedy: compare the pictures with and without; warmup_steps={steps} skips none",
     ),
@@ -185,6 +186,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "Remedy: torch's recompile limit was probably reached (torch._dynamo.config.recompile_limit), or compiling is "
         "disabled; raise the limit or call torch._dynamo.reset()",
     ),
+    "transform": (
+        "调用处于 {what} 之中，照常计算，不使用缓存\n解决方案: 结果正确，无需处理；要使用缓存请在其外调用模型",
+        "A call under {what} computes as usual, without the cache\n"
+        "Remedy: the result is right; call the model outside of it where it is to be cached",
+    ),
     "no_timestep": (
         "模型输入中找不到时间步，无法区分各次采样，因此每一步都照常计算\n"
         "解决方案: 每次采样前调用 cache_dit.new_run(model)，正负提示词分开调用时再用 cache_dit.context(model, name)",
@@ -224,6 +230,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "whole_calls_modules": ("图中含有未展开的模块调用", "its graph calls modules that were not traced into"),
     "whole_sizes_unknown": ("block 之间的张量大小取决于数据", "tensors whose sizes depend on data pass between its blocks"),
     "whole_no_example": ("block 之间传递的值类型未知", "values of unknown type pass between its blocks"),
+    "whole_distributed": ("图中含有 DTensor", "its graph holds distributed tensors (DTensor)"),
     "whole_blockwise": ("它按 block 逐个缓存，各自编译", "it is cached block by block, each compiled by itself already"),
     "correction_unknown": (
         "本次采样的噪声水平、求解器或预测类型未知（或求解器带随机噪声），已跳过的步骤不会被修正\n"
@@ -262,6 +269,20 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "comfy_run_off": (
         "采样完成: {steps} 步，缓存已关闭",
         "sampling done: {steps} steps, the cache is off",
+    ),
+    # The same as without the prefix, with remedies that a workflow has.
+    "comfy_control_ignored": (
+        "从外部进入被缓存块的输入（例如 ControlNet 的输出）在跳过的步上改变了 {moved:.1f}%，这些步听不到这种变化\n"
+        "解决方案: 需要时让这些步照常计算: 用 CacheDit 高级配置 的计划表、开始位置或结束位置",
+        "What enters the cached blocks from outside (such as a control network's output) moved by {moved:.1f} % at a skipped "
+        "step, which does not hear it\n"
+        "Remedy: where that matters, let those steps compute: schedule, start_percent or end_percent of CacheDit Advanced "
+        "Config",
+    ),
+    "comfy_out_of_memory": (
+        "没有足够的内存存放缓存，本模型照常计算\n解决方案: 在 CacheDit 高级配置 中把预测方法设为 reuse，或减小图片或批量",
+        "Not enough memory for the cache: the model computes as usual\n"
+        "Remedy: forecast reuse in CacheDit Advanced Config, or a smaller picture or batch",
     ),
     "comfy_forward_replaced": (
         "另一个节点包替换了 {what} 的前向函数，因此本次未使用缓存\n解决方案: 移除该节点，或将其放在 CacheDiT 节点之后",
@@ -311,6 +332,39 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "max_consecutive_hits 太小，达不到 target_speedup\n解决方案: 调大 max_consecutive_hits 或降低 target_speedup",
         "max_consecutive_hits is too low for target_speedup to be reached\n"
         "Remedy: raise max_consecutive_hits or lower target_speedup",
+    ),
+    "calibration_unused": (
+        "calibration 只在 strategy='adaptive' 且给出 target_speedup 时起作用，目前被忽略",
+        "calibration works under strategy='adaptive' with a target_speedup alone and is ignored",
+    ),
+    "calibration_steps": (
+        "calibration 是为 {wanted} 步的采样测量的，本次采样有 {steps} 步，因此按噪声水平放置\n"
+        "解决方案: 用同样步数重新 calibrate",
+        "calibration was measured for runs of {wanted} steps and this one has {steps}: steps are placed by noise level\n"
+        "Remedy: calibrate with as many steps",
+    ),
+    "calibration_structure": (
+        "calibration 是为其他结构测量的（缓存的块不同），因此被忽略\n解决方案: 用相同的模型和选项重新 calibrate",
+        "calibration was measured for another structure (other blocks are cached) and is ignored\n"
+        "Remedy: calibrate this model with these options",
+    ),
+    "calibrate_one": (
+        "calibrate 需要只有一个去噪模型的对象\n解决方案: 分别传入每个 transformer",
+        "calibrate takes one denoiser\nRemedy: give it each transformer by itself",
+    ),
+    "calibrate_nothing": (
+        "没有任何块被缓存，无法 calibrate\n解决方案: cache_dit.explain(model) 说明原因",
+        "nothing is cached in this model, so there is nothing to measure\nRemedy: cache_dit.explain(model) says why",
+    ),
+    "calibrate_run": (
+        "calibrate 需要恰好一次至少 3 步的采样，得到 {runs} 次采样、{steps} 步\n"
+        "解决方案: run 只做一次采样，使用 torch.no_grad()",
+        "calibrate wants one run of at least 3 steps and got {runs} runs, {steps} steps\n"
+        "Remedy: let run make one sampling, under torch.no_grad()",
+    ),
+    "calibrate_still": (
+        "缓存的块在整个采样中没有变化，无法 calibrate",
+        "what the cached blocks add did not change over the run: there is nothing to go by",
     ),
     "target_speedup_unused": (
         "target_speedup 只在 strategy='adaptive' 下起作用，目前被忽略\n解决方案: 使用 strategy='adaptive'",
@@ -363,8 +417,9 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "the sizes of its outputs depend on data and are not known before the call",
     ),
     "refusal_distributed_tensor": (
-        "离开缓存区域的是 DTensor；解决方案: 让各块返回本地张量（use_local_output=True）",
-        "what leaves the region is a DTensor; remedy: let the blocks return local tensors (use_local_output=True)",
+        "离开缓存区域的 DTensor 与进入时的切分方式不同；解决方案: 让各块保持切分方式，或返回本地张量（use_local_output=True）",
+        "a DTensor leaves the region split otherwise than one enters; remedy: let the blocks keep its placements, or return "
+        "local tensors (use_local_output=True)",
     ),
     "refusal_grad_mode": ("在梯度模式下追踪", "traced in grad mode"),
     "refusal_other": ("{reason} {detail}", "{reason} {detail}"),
@@ -386,6 +441,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "count_no_region": ("没有可缓存的块", "no blocks to cache"),
     "count_grad_mode": ("梯度模式", "grad mode"),
     "count_not_compiled": ("没有被编译", "not compiled"),
+    "count_transform": ("处于 torch 的变换或追踪之中", "under a transform or tracing of torch"),
     # explain.
     "explain_title": ("=== CacheDiT: {name}（{status}） ===", "=== CacheDiT: {name} ({status}) ==="),
     "explain_not_called": (
@@ -748,15 +804,25 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
+_preferred: Callable[[], str | None] = lambda: None  # noqa: E731
+
+
+def prefer_language(ask: Callable[[], str | None]) -> None:
+    """Let the program around this package say its user's language: `ask` gives it at each text, or None."""
+    global _preferred
+    _preferred = ask
+
+
 def resolve_language(language: str | None = None) -> str:
-    """Return `'zh'` or `'en'`: `language`, else the variable `CACHE_DIT_LANG`, else `'zh'`.
+    """Return `'zh'` or `'en'`: `language`, else the variable `CACHE_DIT_LANG`, else what the program around us prefers
+    (`prefer_language`), else `'zh'`.
 
     Raises:
-        ValueError: `language` is neither None nor one of `LANGUAGES`. Other values of the variable mean `'zh'`.
+        ValueError: `language` is neither None nor one of `LANGUAGES`. Other values of the variable say nothing.
     """
     if language is None:
         wanted = os.environ.get(LANGUAGE_VARIABLE, "").strip().lower()
-        return wanted if wanted in LANGUAGES else LANGUAGES[0]
+        return wanted if wanted in LANGUAGES else _preferred() or LANGUAGES[0]
     if language not in LANGUAGES:
         raise ValueError(f"language {language!r}; allowed: {', '.join(map(repr, LANGUAGES))} or None")
     return language

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -42,9 +42,16 @@ _EVAL_FRAME, _CONVERT_FRAME, _MODULE_CALL = (
 TESTED_VERSIONS = ("2.11", "2.13")
 # module: what of it is used. The error names those that are gone.
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
+    "torch._C": ("_get_tracing_state", "_len_torch_dispatch_stack"),
     "torch._C._dynamo.eval_frame": ("reset_code",),
+    "torch._C._functorch": ("get_unwrapped", "is_functorch_wrapped_tensor", "peek_interpreter_stack"),
     "torch._dynamo.backends.registry": ("_BACKENDS", "lookup_backend"),
-    "torch._dynamo.config": ("patch", "capture_dynamic_output_shape_ops", "capture_scalar_outputs", "recompile_limit"),
+    "torch._dynamo.config": (
+        "capture_dynamic_output_shape_ops",
+        "capture_scalar_outputs",
+        "recompile_limit",
+        "skip_nnmodule_hook_guards",
+    ),
     "torch._dynamo.exc": ("BackendCompilerFailed", "InvalidBackend", "TorchDynamoException"),
     "torch._dynamo.utils": ("counters", "get_metrics_context"),
     "torch._logging._internal": ("trace_structured",),
@@ -129,13 +136,17 @@ def hint_of(size: Any) -> Any:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """The same number for tensors that share their memory; fake tensors too. A tensor that hides its memory stands alone."""
-    return int(tensor.untyped_storage()._cdata) if shows_memory(tensor) else id(tensor)
+    """The same number for tensors that share their memory; fake tensors and those under a transform (vmap) too."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return id(tensor) if parts_of(tensor) is not None else int(tensor.untyped_storage()._cdata)
 
 
 def shows_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has memory of its own to show: one made of others has not, nor one that vmap wraps."""
-    return parts_of(tensor) is None and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether views of a tensor can be told by its memory, and new ones made like it: not under a transform (vmap)."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009
+    return parts_of(tensor) is None and not functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def parts_of(tensor: torch.Tensor) -> tuple[str, list[torch.Tensor]] | None:
@@ -337,20 +348,54 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     return lambda gm, examples: compiler(gm, examples, **({"options": options} if options else {}))
 
 
-def capturing_more(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function whose compilations trace through host reads of tensors and data-dependent sizes.
+def traced_with(compiled: Callable[..., Any], *, more: bool = False) -> Callable[..., Any]:
+    """A compiled function whose compilations go by some of Dynamo's flags, set during the calls alone.
 
-    The flags are set during the calls alone. They are no safe default: some models compile without them only.
+    A hook that is planted on one of the model's modules later is heard: Dynamo leaves its guards on them out by default.
+    ``more``: trace through host reads of tensors and data-dependent sizes. That is no safe default: some models compile
+    without it only.
     """
     from torch._dynamo import config
 
-    patch: Any = config.patch
-
+    flags: dict[str, Any] = {"skip_nnmodule_hook_guards": False}
+    if more:
+        flags.update(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+    if not compile_limits():
+        # torch 2.11: ``torch.compile`` does not take it
+        flags["recompile_limit"] = RECOMPILE_LIMIT
     def call(*args: Any, **kwargs: Any) -> Any:
-        with patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        # not by `config.patch`: each of those leaves a context variable behind that is never freed (2.13)
+        before = {name: getattr(config, name) for name in flags}
+        try:
+            for name, value in flags.items():
+                setattr(config, name, value)
             return compiled(*args, **kwargs)
+        finally:
+            for name, value in before.items():
+                setattr(config, name, value)
 
     return call
+
+
+def transform_under_way(values: Iterable[object]) -> str | None:
+    """What torch does with the calls of a moment instead of computing them: tracing, transforming, sizes without data.
+
+    ``values`` are the arguments of the call. None where it computes as ever.
+    """
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "TorchDispatchMode"
+    from torch._subclasses import FakeTensor
+
+    for value in values:
+        if isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, FakeTensor)):
+            return "FakeTensor" if isinstance(value, FakeTensor) else "device='meta'"
+    return None
 
 
 def trace_again(function: Callable[..., Any]) -> None:
@@ -402,21 +447,6 @@ def compile_limits() -> dict[str, Any]:
 
     known = inspect.signature(torch.compile).parameters
     return {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}
-
-
-def allowing_recompiles(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The same limit where ``torch.compile`` does not take it (torch 2.11): set during the calls alone."""
-    if compile_limits():
-        return compiled
-    from torch._dynamo import config
-
-    patch: Any = config.patch
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with patch(recompile_limit=RECOMPILE_LIMIT):
-            return compiled(*args, **kwargs)
-
-    return call
 
 
 @contextmanager

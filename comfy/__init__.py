@@ -12,10 +12,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ..texts import prefer_language
+from .language import chosen_language
 from .v1 import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
 DIALECT_VARIABLE = "CACHE_DIT_COMFY_NODES"
 """Set to ``v1``, the old interface is used wherever the pack is loaded."""
+
+prefer_language(chosen_language)
 
 
 def entry_point() -> Callable[..., Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from time import monotonic
@@ -10,15 +11,20 @@ from typing import Any
 # Seconds between two texts of a run, and between two counts of a compilation.
 PAUSE = 0.2
 TICK = 1.0
+_INDENTATION, _STAYS = re.compile("^ +", re.MULTILINE), "\u00a0"
+_CLAUSE = re.compile("([,，]) ?")
 
 
 def show_text(node_id: str, message: str) -> None:
-    """Show a text on a node; nothing where the server cannot."""
+    """Show a text on a node; nothing where the server cannot.
+
+    The browser drops spaces at the start of a line: those that indent a text are made to stay.
+    """
     server: Any = sys.modules.get("server")
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     send = getattr(instance, "send_progress_text", None)
     if send is not None:
-        send(message, node_id)
+        send(_INDENTATION.sub(lambda found: len(found[0]) * _STAYS, message), node_id)
 
 
 class NodeDisplay:
@@ -53,7 +59,8 @@ class NodeDisplay:
     def ended(self, line: str) -> None:
         """A run has ended."""
         self._stop_counting()
-        show_text(self.node_id, "\n".join([line, *self._warnings]))
+        # a node is narrow, and the browser breaks lines within words
+        show_text(self.node_id, "\n".join([_CLAUSE.sub(r"\1\n", line), *self._warnings]))
 
     def said(self, message: str) -> None:
         """A warning: shown now, and under the result of each run."""

@@ -7,6 +7,7 @@ find_blocks          analysis  block lists and chains of lists, by ``nn_module_s
 write_apart          rewrite   arithmetic in place becomes arithmetic, where a block writes to what lies outside of it
 choose_region        analysis  the blocks to cache, live-ins, live-outs and the base of each live-out
 control_inputs       analysis  the inputs that enter the region past the blocks that always compute
+localize_region      rewrite   distributed tensors cross the region's border as the part on this process
 outline_region       rewrite   the region becomes a submodule with explicit inputs and outputs
 insert_cache_branch  rewrite   the submodule becomes ``cond(pred, compute, reuse)``
 specialize_branch    rewrite   the branch is folded for a decision the host has taken
@@ -23,6 +24,7 @@ from .choose_region import LiveOut, Refusal, Region, choose_region
 from .control_inputs import control_inputs
 from .find_blocks import Block, BlockChains, BlockList, find_blocks
 from .insert_cache_branch import BranchOptions, CacheInputs, ResidualBuffer, insert_cache_branch
+from .localize_region import localize_region
 from .outline_region import outline_region
 from .specialize_branch import specialize_branch
 from .split_pieces import Piece, Unsplit, split_pieces
@@ -33,6 +35,7 @@ PASSES = (
     write_apart,
     choose_region,
     control_inputs,
+    localize_region,
     outline_region,
     insert_cache_branch,
     specialize_branch,
@@ -56,6 +59,7 @@ __all__ = [
     "control_inputs",
     "find_blocks",
     "insert_cache_branch",
+    "localize_region",
     "outline_region",
     "specialize_branch",
     "split_pieces",

@@ -84,8 +84,11 @@ def tensors_in(value: object) -> list[torch.Tensor]:
 
 
 def shape_key(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Dtype and sizes; symbolic sizes by their expression, since comparing SymInts would install guards."""
-    return (tensor.dtype, *(size if isinstance(size, int) else str(symbol_of(size)) for size in tensor.shape))
+    """Dtype and sizes; symbolic sizes by their expression, since comparing SymInts would install guards.
+
+    Tracing may have found a symbol to be a number: such a size equals that number.
+    """
+    return (tensor.dtype, *(str(symbol_of(size)) for size in tensor.shape))
 
 
 def is_parameter(node: fx.Node) -> bool:

@@ -40,11 +40,13 @@ def residual_of(output: Value, base: Value | None, accumulate: torch.dtype) -> V
 def store(residual: Value, stored: Sequence[Value], dtype: torch.dtype, accumulate: torch.dtype) -> list[Value]:
     """Measure the residual, write it over the oldest stored one, and return the statistics (scalars, accumulate dtype).
 
-    Non-finite elements are stored as 0 and counted, so that a later forecast with weight 0 stays finite (0 * NaN is NaN).
+    Elements that are not finite, or beyond what the dtype holds, are stored as 0 and counted, so that a later forecast with
+    weight 0 stays finite (0 * NaN is NaN).
     """
-    kept = residual.to(dtype)
-    finite = torch.isfinite(kept)
-    kept = torch.where(finite, kept, torch.zeros_like(kept))
+    # before rounding, since some conversions to 8 bits turn infinity into the largest number; false for NaN too
+    largest = min(torch.finfo(dtype).max, torch.finfo(accumulate).max)
+    finite = residual.abs() <= largest
+    kept = torch.where(finite, residual, torch.zeros_like(residual)).to(dtype)
     truth = kept.to(accumulate)
     history = [buffer.to(truth.device).to(accumulate) for buffer in stored]
     differences = [truth - history[0], *(newer - older for newer, older in pairwise(history))]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_internals import memory_of, parts_of, symbol_of, without_source
+from ..torch_internals import is_distributed, memory_of, parts_of, symbol_of, without_source
 from .graph_values import example_of, mutated_argument, name_of, tensors_in
 from .insert_cache_branch import MADE
 from .module_paths import is_compute
@@ -57,7 +57,8 @@ def split_pieces(gm: fx.GraphModule) -> list[Piece] | Unsplit:
     Additions in place to a value that nothing else shares are made out of place first. Where memory that is written to is
     shared across a border, or a context (autocast) spans one, the pieces on both sides stay one.
 
-    *Refuses when* no blocks are marked, the graph calls modules, or a value without an example crosses a border.
+    *Refuses when* no blocks are marked, the graph calls modules or holds distributed tensors, or a value without an example
+    crosses a border.
 
     *Exact*: the same operations run in the same order.
     """
@@ -67,6 +68,9 @@ def split_pieces(gm: fx.GraphModule) -> list[Piece] | Unsplit:
         return Unsplit("calls_modules")
     if not any(BLOCK in node.meta for node in nodes):
         return Unsplit("no_blocks")
+    if any(is_distributed(example_of(node)) for node in nodes):
+        # the key of a piece knows nothing of meshes and placements
+        return Unsplit("distributed")
     if any(MADE in node.meta and example_of(node) is None for node in nodes):
         return Unsplit("no_example")
     segments = _merged(_segments(nodes), nodes, gm)

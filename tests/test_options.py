@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_dit import options as module
+from cache_dit.calibration import Calibration
 from cache_dit.options import (
     DEFAULT_TOLERANCE,
     FORECASTS,
@@ -29,6 +30,7 @@ from cache_dit.options import (
 )
 from cache_dit.texts import TEXTS
 
+CALIBRATION = Calibration("Model", "0123456789abcdef", 3, (0.0, 0.5, 0.75, 1.0))
 NAMES = [field.name for field in dataclasses.fields(CacheOptions)]
 
 
@@ -64,6 +66,7 @@ def test_defaults_are_those_of_the_table() -> None:
         "order": 1,
         "tolerance": DEFAULT_TOLERANCE,
         "target_speedup": None,
+        "calibration": None,
         "correction": "auto",
         "max_consecutive_hits": None,
         "control_refresh": None,
@@ -118,6 +121,8 @@ ACCEPTED: list[tuple[str, object, object]] = [
     ("tolerance", 1e-6, 1e-6),
     ("tolerance", fractions.Fraction(1, 4), 0.25),
     ("target_speedup", 1, 1.0),
+    ("calibration", CALIBRATION, CALIBRATION),
+    ("calibration", CALIBRATION.as_data(), CALIBRATION),
     ("correction", "auto", "auto"),
     ("correction", True, True),
     ("max_consecutive_hits", 1, 1),
@@ -191,6 +196,13 @@ REFUSED: list[tuple[str, object, type[Exception]]] = [
     ("order", 4, ValueError),
     ("tolerance", 0, ValueError),
     ("target_speedup", 0.99, ValueError),
+    ("calibration", "no/such/file.json", ValueError),
+    ("calibration", {}, ValueError),
+    ("calibration", {**CALIBRATION.as_data(), "format": 2}, ValueError),
+    ("calibration", {**CALIBRATION.as_data(), "clock": [0.0, 0.7, 0.5, 1.0]}, ValueError),
+    ("calibration", {**CALIBRATION.as_data(), "num_steps": 7}, ValueError),
+    ("calibration", {**CALIBRATION.as_data(), "clock": [0.0, float("nan"), 0.5, 1.0]}, ValueError),
+    ("calibration", 3, TypeError),
     ("correction", "on", ValueError),
     ("correction", 1, TypeError),
     ("max_consecutive_hits", 0, ValueError),
@@ -429,6 +441,7 @@ good_options = st.fixed_dictionaries(
         "order": st.integers(1, 3),
         "tolerance": st.floats(0, 10, exclude_min=True),
         "target_speedup": st.floats(1, 100),
+        "calibration": st.one_of(st.none(), st.just(CALIBRATION)),
         "correction": st.sampled_from(["auto", True, False]),
         "max_consecutive_hits": st.integers(1, 100),
         "control_refresh": st.one_of(st.none(), st.floats(0, 10, exclude_min=True)),
@@ -550,6 +563,7 @@ LEAVES_THE_PROGRAM: dict[str, object] = {
     "strategy": "dynamic",
     "tolerance": 0.7,
     "target_speedup": 3.0,
+    "calibration": CALIBRATION,
     "correction": False,
     "max_consecutive_hits": 2,
     "control_refresh": 0.5,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..calibration import Calibration
 from ..graph_report import RegionReport, ValueReport
 from ..options import CacheOptions
 from ..passes.insert_cache_branch import CacheInputs, ResidualBuffer
@@ -184,6 +185,8 @@ def options_as_data(options: CacheOptions) -> dict[str, Any]:
             value = dtype_name(value)
         elif isinstance(value, torch.device):
             value = str(value)
+        elif isinstance(value, Calibration):
+            value = value.as_data()
         elif isinstance(value, tuple):
             value = list(value)
         found[each.name] = value

@@ -25,7 +25,7 @@ from ..runtime.registry import model_name, register_holder
 from ..runtime.session import Session, context_names
 from ..statistics import CacheStats, Counters, format_speedup, stats_between
 from ..structure import may_have_blocks
-from ..texts import text
+from ..texts import TEXTS, text
 from ..torch_internals import COMPILE_SLOT, original_of, uncompiled_call
 from .comfyui_models import Mentions, reaches_wrappers, unreached
 from .comfyui_sampling import SamplerClock, Sampling
@@ -400,7 +400,7 @@ class PatcherCache:
 
 
 class _SaidHere(SaidOnce):
-    """Warnings that also reach the node."""
+    """Warnings that also reach the node, in the words for a workflow where there are such."""
 
     __slots__ = ("_cache",)
 
@@ -409,7 +409,8 @@ class _SaidHere(SaidOnce):
         self._cache: Callable[[], PatcherCache | None] = weakref.ref(cache)
 
     def warn(self, key: str, **values: object) -> None:
-        cache = self._cache()
+        cache, here = self._cache(), f"comfy_{key}"
+        key = here if here in TEXTS else key
         if key not in self._said and cache is not None and cache.display is not None:
             cache.display.said(text(key, self._language, **values))
         super().warn(key, **values)

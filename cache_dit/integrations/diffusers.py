@@ -120,10 +120,11 @@ def follow_module(module: torch.nn.Module, session: Session) -> None:
     had_registry = _REGISTRY in vars(module)
     registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
     # hooks and function references are parallel lists; the listener wraps no forward
-    listener = registry.hooks[LISTENER_NAME] = _Listener(session, hooks.StateManager)
+    listener, reference = _Listener(session, hooks.StateManager), hooks.HookFunctionReference()
     listener.owns_registry = not had_registry
-    registry._hook_order.insert(0, LISTENER_NAME)
-    registry._fn_refs.insert(0, hooks.HookFunctionReference())
+    registry.hooks[LISTENER_NAME] = listener
+    # one after the other with no call between: an interrupt may not come here
+    registry._hook_order[:0], registry._fn_refs[:0] = [LISTENER_NAME], [reference]
 
 
 def leave_module(module: torch.nn.Module) -> None:
@@ -131,9 +132,10 @@ def leave_module(module: torch.nn.Module) -> None:
     registry = vars(module).get(_REGISTRY)
     if registry is None or LISTENER_NAME not in registry.hooks:
         return
-    place = registry._hook_order.index(LISTENER_NAME)
+    if LISTENER_NAME in registry._hook_order:
+        place = registry._hook_order.index(LISTENER_NAME)
+        del registry._hook_order[place], registry._fn_refs[place]
     listener = registry.hooks.pop(LISTENER_NAME)
-    del registry._hook_order[place], registry._fn_refs[place]
     if listener.owns_registry and not registry.hooks:
         delattr(module, _REGISTRY)
 

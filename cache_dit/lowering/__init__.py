@@ -19,8 +19,9 @@ from torch import fx
 from ..passes.graph_values import example_of
 from ..runtime.program import Programs
 from .cond import lower_cond
-from .pieces import NotInPieces, lower_pieces
+from .pieces import lower_pieces
 from .specialize import lower_specialize
+from .unsuited import Unsuited
 
 InnerCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -55,7 +56,7 @@ __all__ = [
     "LOWERINGS",
     "InnerCompiler",
     "Lowering",
-    "NotInPieces",
+    "Unsuited",
     "choose_lowering",
     "with_cache_examples",
 ]

@@ -17,10 +17,7 @@ from ..passes.graph_values import example_of
 from ..passes.specialize_branch import specialize_branch
 from ..runtime.program import FlatCall, Programs
 from ..torch_internals import copy_dynamo_graph, fill_examples, keep_dynamo_attributes, record_rewrite
-
-
-class NotInPieces(Exception):
-    """A graph cannot be cut, or has no two pieces alike; the argument says why, as a stable key."""
+from .unsuited import Unsuited
 
 
 def lower_pieces(
@@ -29,12 +26,12 @@ def lower_pieces(
     """Compile each distinct piece once, those of the skipped step first (see :mod:`.specialize`).
 
     Raises:
-        NotInPieces: the graph is better compiled whole.
+        Unsuited: the graph cannot be cut, or has no two pieces alike.
     """
     cuts = {compute: _Cut.of(gm, compute) for compute in (False, True)}
     computed = cuts[True].pieces
     if len({piece.key for piece in computed}) == len(computed):
-        raise NotInPieces("nothing_alike")
+        raise Unsuited("nothing_alike")
     programs: dict[Hashable, Callable[..., Any]] = {}
     for cut in cuts.values():
         for piece in cut.pieces:
@@ -73,7 +70,7 @@ class _Cut:
         fill_examples(graph)
         pieces = split_pieces(graph)
         if isinstance(pieces, Unsplit):
-            raise NotInPieces(pieces.key)
+            raise Unsuited(pieces.key)
         record_rewrite("specialize_branch", folded, graph)
         record_rewrite("split_pieces", len(pieces), graph)
         return cls(graph, pieces)

@@ -48,6 +48,8 @@ class ResidualStore:
     front: torch.Tensor | None
     weights: WeightMark
     points: tuple[Point, ...] = ()
+    # steps between the last two computed ones; known where only one residual is kept, too
+    gap: int | None = None
     last_step: int = 0
     pending: Measurement | None = None
     change: torch.Tensor | None = None
@@ -79,12 +81,15 @@ class ResidualStore:
         self.measured = values
         for history in self.residuals:
             history.insert(0, history.pop())
+        self.gap = point.step - self.points[0].step if self.points else None
         self.points = (point, *self.points)[: len(self.residuals[0])]
 
     def forget(self) -> None:
         """Nothing stored is valid any more; the memory is kept."""
         self.points = ()
+        self.gap = None
         self.pending = None
+        self.weights.forget()
         self.change = self.agreed_change = None
         self.front_known = False
         self.errors.clear()
@@ -97,23 +102,33 @@ class ResidualStore:
         for history in self.residuals:
             history.append(history.pop(0))
         self.points = self.points[1:]
+        self.gap = None
         self.errors.clear()
 
 
 class WeightMark:
     """A model's weights by identity and write counter, to notice that they changed within a run."""
 
-    __slots__ = ("references", "versions")
+    __slots__ = ("_gone", "_identities", "_references", "_versions")
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        self.references = [weakref.ref(weight) for weight in weights]
-        self.versions = write_counters(weights)
+        # an id stands for a tensor as long as that lives, and comparing ids reads none of their memory
+        self._gone: list[weakref.ref[torch.Tensor]] = []
+        self._references = [weakref.ref(weight, self._gone.append) for weight in weights]
+        self._identities = list(map(id, weights))
+        self._versions = write_counters(weights)
+
+    def forget(self) -> None:
+        """Where nothing is stored nothing is watched: torch does not exchange a tensor's content under a weak reference."""
+        self._references.clear()
+        # nothing tells of their end any more, so that an id may be another tensor's
+        self._identities.clear()
 
     def matches(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, not written to since."""
-        if len(self.references) != len(weights) or not all(map(is_, [r() for r in self.references], weights)):
+        if self._gone or self._identities != list(map(id, weights)):
             return False
-        return self.versions is None or self.versions == write_counters(weights)
+        return self._versions is None or self._versions == write_counters(weights)
 
 
 class ControlMark:

@@ -13,11 +13,11 @@ from ..structure import chain_of_blocks, loads_parts_by_hooks, main_list
 from ..texts import text
 from ..torch_internals import (
     COMPILE_SLOT,
-    allowing_recompiles,
-    capturing_more,
     compile_limits,
     is_tracing_failure,
     trace_again,
+    traced_with,
+    transform_under_way,
     uncompiled_call,
 )
 from .program import read_time, time_names
@@ -49,7 +49,7 @@ class CachedCall:
         self._chain = chain_of_blocks(module)
         program = backend.program
         session.tracing.blocks_may_help = len(self._chain) > program.front_blocks + program.back_blocks
-        self._replaced = vars(module).get(COMPILE_SLOT, _ABSENT)
+        self._replaced: Any = _ABSENT
         self._compiled: Callable[..., Any] | None = None
         self._blockwise: Blockwise | None = None
         self._capture = session.tracing.capture
@@ -63,6 +63,7 @@ class CachedCall:
 
     def install(self) -> None:
         """Take the module's ``compile`` slot."""
+        self._replaced = vars(self._module).get(COMPILE_SLOT, _ABSENT)
         setattr(self._module, COMPILE_SLOT, self)
 
     def remove(self) -> None:
@@ -76,6 +77,9 @@ class CachedCall:
             setattr(self._module, COMPILE_SLOT, self._replaced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            # what is exported is the model; `export` keeps the cache
+            return self._function(*args, **kwargs)
         return self._call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -84,8 +88,13 @@ class CachedCall:
 
     def _bracketed(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
-        if active_session.get() is session:
+        if active_session.get() is session and session.is_under_way:
             # the model calls itself, from code that Dynamo does not trace: a part of the call under way
+            return self._function(*args, **kwargs)
+        transform = transform_under_way((*args, *kwargs.values()))
+        if transform is not None:
+            # nothing can be read on the host, nor stored
+            session.note_transform(transform)
             return self._function(*args, **kwargs)
         if self._compiled is None:
             # outside the lock: it may wait for other ranks
@@ -96,24 +105,25 @@ class CachedCall:
             if compiled is None:
                 self._skip_tracing_in_vain()
                 compiled = self._compiled = self._compile()
-            token = active_session.set(session)
+            outer = active_session.get()
+            # an interrupt may come between any two lines: what it leaves behind must not be taken for a call under way
             try:
+                active_session.set(session)
                 self._arguments = (args, kwargs)
                 # not for longer than the call: the session must not keep the module alive
                 session.call_time = self._time
                 session.begin()
                 result = (self._function if session.runs_eager else compiled)(*args, **kwargs)
+                session.end()
             except BaseException as error:
                 session.abort()
                 if not (session.tracing.capture is Capture.MORE and is_tracing_failure(error)):
                     raise
                 session.tracing.was_in_vain()
-            else:
-                session.end()
             finally:
+                active_session.set(outer)
                 self._arguments = ((), {})
                 session.call_time = None
-                active_session.reset(token)
             if session.tracing.must_begin_anew or session.tracing.capture is not self._capture:
                 self._capture = session.tracing.capture
                 session.trace_again()
@@ -153,8 +163,8 @@ class CachedCall:
             return self._blockwise
         if way is Capture.MORE:
             backend = owned_backend(backend.program, backend.mode, True)
-        compiled = allowing_recompiles(torch.compile(self._function, backend=backend, **compile_limits()))
-        return capturing_more(compiled) if way is Capture.MORE else compiled
+        compiled = torch.compile(self._function, backend=backend, **compile_limits())
+        return traced_with(compiled, more=way is Capture.MORE)
 
     def _leave_blocks(self) -> None:
         if self._blockwise is not None:

@@ -7,13 +7,15 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from ..calibration import structure_of
 from ..errors import CacheDitError, NoBlocksError
 from ..forecasts import FORECASTS, Point, choose_forecast
+from ..graph_report import GraphReport
 from ..messages import SaidOnce, announce
 from ..options import CacheOptions
 from ..statistics import CacheStats, Counters, stats_from
@@ -185,6 +187,11 @@ class Session:
             self._log(forward)
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether a call of the model has begun and not ended."""
+        return self._forward is not None
+
+    @property
     def runs_eager(self) -> bool:
         """Whether the call that has begun belongs to a context that is not worth compiling."""
         forward = self._forward
@@ -235,9 +242,18 @@ class Session:
         if self._forward is not None:
             self._forward.uncached += 1
 
+    def note_transform(self, what: str) -> None:
+        """A call that torch transforms, or traces, runs as if caching were off: no step is counted, so the run ends with it."""
+        with self.lock:
+            self.abort()
+            self.counters.calls += 1
+            self.counters.refuse("transform")
+            self.said.warn("transform", what=what)
+
     def _run(self, graph: Cacheable, args: Sequence[Any]) -> Sequence[Any]:
         if graph not in self.tracing.cached:
             self.tracing.cached[graph] = None
+            self._drop_other_calibration(graph.report)
             if self.ranks is None:
                 option = self.options.group
                 self.join(find_members(None, option, graph.report.groups))
@@ -402,9 +418,12 @@ class Session:
         if context.signs.has_other_caller():
             self.said.warn("several_callers")
             return True
-        others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
         signs = context.signs
-        return signs.differ(given) or signs.belong_to(others, given) or signs.are_of(self._former, given)
+        same = signs.same(given)
+        if signs.differ(same) or signs.are_of(self._former, given, same):
+            return True
+        others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
+        return signs.belong_to(others, given, same)
 
     def _new_context(self, key: ContextKey) -> Context:
         """A context seen for the first time; beyond a bound the oldest one goes (it would begin anew, and compute)."""
@@ -450,9 +469,10 @@ class Session:
             store.forget()
             why = "shape_changed"
         if not store.weights.matches(weights):
+            if store.points:
+                why = "weights_changed"
             store.forget()
             store.weights = type(store.weights)(weights)
-            why = "weights_changed"
         return store, why
 
     def _release_stale(self, context: Context, step: int) -> None:
@@ -537,6 +557,7 @@ class Session:
             clock=context.clock,
             last_increment=context.last_increment,
             forecast_error=store.errors.get(self._forecast_name(store)),
+            last_gap=store.gap,
         )
         decision = self.strategy.decide(view)
         if step == 1:
@@ -584,8 +605,27 @@ class Session:
         places = options.strategy in ("adaptive", "sigma") and options.schedule is None
         if options.target_speedup is not None and not places:
             self.said.warn("target_speedup_unused")
+        self._said_about_calibration()
         for key in self.strategy.notes():
             self.said.warn(key)
+
+    def _said_about_calibration(self) -> None:
+        options, steps = self.options, self.clock.num_steps
+        if options.calibration is None:
+            return
+        if options.strategy != "adaptive" or options.schedule is not None or options.target_speedup is None:
+            self.said.warn("calibration_unused")
+        elif steps != options.calibration.num_steps:
+            self.said.warn("calibration_steps", wanted=options.calibration.num_steps, steps="?" if steps is None else steps)
+
+    def _drop_other_calibration(self, report: GraphReport) -> None:
+        """A calibration of other blocks says nothing of these."""
+        calibration = self.options.calibration
+        if calibration is None or report.region is None or structure_of(report.region) == calibration.structure:
+            return
+        self.said.warn("calibration_structure")
+        self.options = replace(self.options, calibration=None)
+        self.strategy = build_strategy(self.options)
 
     # ---- forecasts ---------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class Signs:
     def note(self, step: int, tensors: Sequence[torch.Tensor]) -> None:
         """Remember a call."""
         if self._step:
-            same = self._same(tensors)
+            same = self.same(tensors)
             self._steady = same if self._steady is None else [a and b for a, b in zip(self._steady, same, strict=False)]
         self._caller = weakref.ref(_caller())
         self._given = [weakref.ref(tensor) for tensor in tensors]
@@ -47,28 +47,27 @@ class Signs:
         """Whether the call comes from another thread or task than the last one."""
         return self._caller is not None and self._caller() is not _caller()
 
-    def differ(self, tensors: Sequence[torch.Tensor]) -> bool:
+    def same(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
+        """Which of these arguments are the objects that the last call had."""
+        return [reference() is tensor for reference, tensor in zip(self._given, tensors, strict=False)]
+
+    def differ(self, same: Sequence[bool]) -> bool:
         """Whether an argument that was the same object at every call so far is another one."""
-        return self._steady is not None and any(a and not b for a, b in zip(self._steady, self._same(tensors), strict=False))
+        return self._steady is not None and any(a and not b for a, b in zip(self._steady, same, strict=False))
 
-    def belong_to(self, others: Iterable[Signs], tensors: Sequence[torch.Tensor]) -> bool:
+    def belong_to(self, others: Iterable[Signs], tensors: Sequence[torch.Tensor], same: Sequence[bool]) -> bool:
         """Whether an argument is the one that another context had in this context's last step, and this one had not."""
-        own = self._same(tensors)
-        theirs = [each._same(tensors) for each in others if each._step == self._step]
-        return any(b and not a for same in theirs for a, b in zip(own, same, strict=False))
+        theirs = [each.same(tensors) for each in others if each._step == self._step]
+        return any(b and not a for their in theirs for a, b in zip(same, their, strict=False))
 
-    def are_of(self, former: Iterable[Steady], tensors: Sequence[torch.Tensor]) -> bool:
+    def are_of(self, former: Iterable[Steady], tensors: Sequence[torch.Tensor], same: Sequence[bool]) -> bool:
         """Whether an argument is one that a former run had throughout, and this context's last call had not."""
-        own = self._same(tensors)
-        return any(place < len(own) and not own[place] and reference() is tensors[place] for place, reference in former)
+        return any(place < len(same) and not same[place] and reference() is tensors[place] for place, reference in former)
 
     def steady(self) -> list[Steady]:
         """The arguments that were the same object at every call, by their places."""
         steady = self._steady or ()
         return [(place, reference) for place, reference in enumerate(self._given[: len(steady)]) if steady[place]]
-
-    def _same(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
-        return [reference() is tensor for reference, tensor in zip(self._given, tensors, strict=False)]
 
 
 def _caller() -> object:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ..calibration import Calibration
 from ..options import DEFAULT_MAX_CONSECUTIVE_HITS, DEFAULT_SKIP_INTERVAL, DEFAULT_WARMUP_STEPS
-from .adaptive import OWN_MAX_CONSECUTIVE_HITS, OWN_WARMUP_STEPS, ClockStrategy, PlacementStrategy
+from .adaptive import PlacementStrategy
 from .decision import Decision, Reason, StepView, Strategy
 from .dynamic import Dynamic
 from .first_block import FirstBlock
 from .fixed import Fixed
+from .front_clock import OWN_MAX_CONSECUTIVE_HITS, OWN_WARMUP_STEPS, ClockStrategy
 from .part_of_run import PartOfRun, WithinPart
 from .placement import PlacementRules
 from .schedule import Schedule
@@ -45,6 +47,8 @@ class StrategyOptions(Protocol):
     def tolerance(self) -> float: ...
     @property
     def target_speedup(self) -> float | None: ...
+    @property
+    def calibration(self) -> Calibration | None: ...
 
 
 def _or_else(given: int | None, default: int) -> int:
@@ -82,6 +86,7 @@ def _adaptive(options: StrategyOptions) -> Strategy:
         skip_interval=options.skip_interval,
         max_consecutive_hits=options.max_consecutive_hits,
         part=PartOfRun(options.start_percent, options.end_percent),
+        clock=None if options.calibration is None else options.calibration.clock,
     )
     return PlacementStrategy(rules, options.tolerance)
 

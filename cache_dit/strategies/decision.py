@@ -47,6 +47,8 @@ class StepView:
     """The newest of these changes, that of the previous step; None where it was not measured."""
     forecast_error: float | None
     """Relative RMS error of the forecast at the last computed step; None where this run has measured none."""
+    last_gap: int | None = None
+    """Steps from the computed step before the last one to the last one; None where this run has computed one at most."""
 
     def run_length(self) -> int | None:
         """The number of steps of this run as far as it is known, from `num_steps` or else from `sigmas`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .adaptive import FrontRule
 from .decision import StepView
+from .front_clock import FrontRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class FirstBlock(FrontRule):
 
     def _distance(self, view: StepView) -> float | None:
         """How far the front will be from the last computed step's, from how far it was one step earlier."""
-        if view.last_increment is None or len(view.stored) < 2:
+        if view.last_increment is None or not view.stored:
             return None
-        newest, older = view.stored[0].step, view.stored[1].step
+        newest = view.stored[0].step
         # the step before was measured against the computed step before it: itself skipped, or the newest of them
-        covered = view.step - 1 - newest if view.consecutive_hits else newest - older
-        return view.last_increment / covered * (view.step - newest)
+        covered = view.step - 1 - newest if view.consecutive_hits else view.last_gap
+        return None if not covered else view.last_increment / covered * (view.step - newest)

@@ -27,6 +27,8 @@ class PlacementRules:
     """Steps outside it compute."""
     sigma_share: float = 0.75
     """What the distance between computed steps is made of: this much of it sigma, the rest steps."""
+    clock: tuple[float, ...] | None = None
+    """In runs of its length the distance instead: how far the run has come before each step and at its end, from 0 to 1."""
 
 
 def computed_count(num_steps: int, target_speedup: float) -> int:
@@ -122,7 +124,9 @@ def place_steps(rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...]
     wanted = computed_count(num_steps, rules.target_speedup)
     if wanted == num_steps:
         return frozenset(range(1, num_steps + 1))
-    levels = progress(num_steps, sigmas, rules.sigma_share)
+    levels: Sequence[float] = progress(num_steps, sigmas, rules.sigma_share)
+    if rules.clock is not None and len(rules.clock) == num_steps + 1:
+        levels = rules.clock
     interval = own_interval(wanted) if rules.skip_interval is None else rules.skip_interval
     start = first_steps(max(rules.warmup_steps, rules.part.first(num_steps) - 1), interval)
     end = range(max(1, rules.part.last(num_steps) + 1), num_steps + 1)

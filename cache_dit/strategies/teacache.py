@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .adaptive import ClockStrategy
+from .front_clock import ClockStrategy
 
 LOOK_AHEAD = 1.0
 """Increments added to the clock: the one of the step to decide, which is not known yet."""

@@ -54,3 +54,12 @@ def server(tree: Path, comfy_version: str, tmp_path_factory: pytest.TempPathFact
 
     with running(tree, tmp_path_factory.mktemp(f"comfy-{comfy_version}"), CACHE_DIT_LANG="en") as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def undecided(tree: Path, comfy_version: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that was not told a language."""
+    from server import running
+
+    with running(tree, tmp_path_factory.mktemp(f"undecided-{comfy_version}"), CACHE_DIT_LANG="") as found:
+        yield found

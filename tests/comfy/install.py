@@ -4,6 +4,9 @@ ComfyUI is installed for the tests alone and is no part of this project. No pack
 carry its sources, and those are taken out of them. The folder holds an environment, ``comfy-VERSION`` with the sources,
 and where a version needs another front end than the environment has, ``comfy-VERSION-frontend``. Nothing is done where all
 is there. Exit code 3: the packages cannot be had.
+
+The tests of what a browser shows need a Chromium. Where there is none it comes from the system's packages, if this runs as
+root on a system that has apt; else those tests are skipped and say so.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Unavailable(Exception):
 
 
 def run(command: Sequence[object]) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=quiet)
     if done.returncode:
         raise Unavailable(f"{' '.join(map(str, command))}\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
 
@@ -100,6 +104,23 @@ def place(source: Path, target: Path) -> None:
     shutil.move(source, target)
 
 
+def take_chromium() -> None:
+    """A browser from the system's packages; where that cannot be, a line that says so."""
+    if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        return
+    apt = shutil.which("apt-get")
+    if apt is None or os.geteuid() != 0:
+        print("No Chromium is installed, so the tests in a browser will be skipped; install one to run them", flush=True)
+        return
+    print("Installing Chromium with apt-get for the tests in a browser", flush=True)
+    try:
+        run([apt, "update", "-qq"])
+        # the font is for whoever looks at the screenshots
+        run([apt, "install", "-y", "-qq", "--no-install-recommends", "chromium", "fonts-wqy-microhei"])
+    except Unavailable as error:
+        print(f"Chromium cannot be installed here, so the tests in a browser will be skipped: {error}", file=sys.stderr)
+
+
 def main() -> int:
     home = Path(sys.argv[1]).absolute()
     home.mkdir(parents=True, exist_ok=True)
@@ -116,6 +137,7 @@ def main() -> int:
             take_sources(home)
             for version, packages in FRONTENDS.items():
                 pip(home, "install", "--no-deps", "--upgrade", "--target", home / f"comfy-{version}-frontend", *packages)
+            take_chromium()
         except Unavailable as error:
             print(f"ComfyUI cannot be set up here, so its tests are not run: {error}", file=sys.stderr)
             return NOT_TO_BE_HAD

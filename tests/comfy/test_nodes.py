@@ -5,16 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cache_dit.comfy import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, entry_point
 from cache_dit.comfy.definitions import Node
+from cache_dit.comfy.display import NodeDisplay, show_text
 from cache_dit.comfy.locales import files
 from cache_dit.comfy.nodes import ADVANCED, BASIC, NODES
 
 from cache_dit.options import resolve_options
+from cache_dit.texts import LANGUAGE_VARIABLE, text
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_ID = {node.id: node for node in NODES}
@@ -106,6 +111,14 @@ def test_the_registry_finds_what_it_asks_for() -> None:
     assert (ROOT / "comfy/web/icon.png").stat().st_size < 100_000
 
 
+def test_the_registrys_archive_holds_all_that_comfyui_reads() -> None:
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    left_out = {line.rstrip("/") for line in lines if line and not line.startswith("#")}
+    assert all((ROOT / name).is_dir() for name in left_out)
+    read = {"__init__.py", "cache_dit", "passes", "comfy", "locales", "example_workflows", "pyproject.toml", "LICENSE", "docs"}
+    assert not left_out & read
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
 def test_example_workflows_hold_nodes_as_they_are_defined(path: Path) -> None:
     workflow = json.loads(path.read_text(encoding="utf-8"))
@@ -119,3 +132,62 @@ def test_example_workflows_hold_nodes_as_they_are_defined(path: Path) -> None:
 
 def test_there_are_three_example_workflows() -> None:
     assert len(list((ROOT / "example_workflows").glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "variable", "expected"),
+    (
+        (None, None, "zh"),
+        ("{}", None, "zh"),
+        ('{"Comfy.Locale": "en"}', None, "en"),
+        ('{"Comfy.Locale": "fr"}', None, "en"),
+        ('{"Comfy.Locale": "zh-TW"}', None, "zh"),
+        ('{"Comfy.Locale": "en"}', "zh", "zh"),
+        ('{"Comfy.Loc', None, "zh"),
+        ("[]", None, "zh"),
+    ),
+)
+def test_texts_follow_the_language_chosen_in_the_servers_settings(
+    settings: str | None, variable: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_paths: Any = types.ModuleType("folder_paths")
+    folder_paths.get_user_directory = lambda: str(tmp_path)
+    monkeypatch.setitem(sys.modules, "folder_paths", folder_paths)
+    monkeypatch.delenv(LANGUAGE_VARIABLE, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(LANGUAGE_VARIABLE, variable)
+    if settings is not None:
+        (tmp_path / "default").mkdir()
+        (tmp_path / "default/comfy.settings.json").write_text(settings)
+    assert text("enabled") == {"zh": "启用", "en": "enabled"}[expected]
+
+
+def test_another_choice_is_heard_at_the_next_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_paths: Any = types.ModuleType("folder_paths")
+    folder_paths.get_user_directory = lambda: str(tmp_path)
+    monkeypatch.setitem(sys.modules, "folder_paths", folder_paths)
+    monkeypatch.delenv(LANGUAGE_VARIABLE, raising=False)
+    file = tmp_path / "default/comfy.settings.json"
+    file.parent.mkdir()
+    said = []
+    for moment, language in enumerate(("en", "zh", "ja")):
+        file.write_text(json.dumps({"Comfy.Locale": language}))
+        os.utime(file, ns=(moment, moment))
+        said.append(text("enabled"))
+    assert said == ["enabled", "启用", "enabled"]
+
+
+def test_texts_on_a_node_keep_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, str]] = []
+    server: Any = types.ModuleType("server")
+    instance = types.SimpleNamespace(send_progress_text=lambda message, node: shown.append((node, message)))
+    server.PromptServer = types.SimpleNamespace(instance=instance)
+    monkeypatch.setitem(sys.modules, "server", server)
+    show_text("7", "all:\n  calls: 3\n    hits: 1")
+    NodeDisplay("8").ended("skipped 3 of 8 steps, measured speed-up 1.4x")
+    NodeDisplay("9").ended("跳过 3/8 步，实测加速 1.4x")
+    assert shown == [
+        ("7", "all:\n\u00a0\u00a0calls: 3\n\u00a0\u00a0\u00a0\u00a0hits: 1"),
+        ("8", "skipped 3 of 8 steps,\nmeasured speed-up 1.4x"),
+        ("9", "跳过 3/8 步，\n实测加速 1.4x"),
+    ]

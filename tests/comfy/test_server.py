@@ -381,6 +381,7 @@ def test_a_control_network_is_heard(server: Server) -> None:
     by_hand = flow.add("TestEagerCache", model=flow.model(copy=1), family="flux", schedule=schedule)
     flow.add("TestDifference", "cached", a=cached, b=flow.sample(by_hand, **dict(both)))
     flow.add("CacheDitStats", "stats", trigger=cached)
+    flow.facts(cached)
     # a network that leaves in the middle of the run leaves another graph behind
     in_part = {"positive": half, "negative": [half[0], 1]}
     never = flow.sample(configured(flow, flow.model(), schedule="1" * 8), **dict(in_part))
@@ -390,22 +391,29 @@ def test_a_control_network_is_heard(server: Server) -> None:
     assert shown["effect"]["difference"] > 1e-2
     assert hits(shown["stats"]) == 3
     assert shown["cached"]["difference"] <= 1e-4 * shown["cached"]["size"]
+    # with a remedy that a workflow has
+    assert any("does not hear it" in each and "CacheDit Advanced Config" in each for each in shown["facts"]["said"])
 
 
-def test_video_with_sound_runs_as_it_is(server: Server) -> None:
-    """LTX-2's latent is a list of two. Its blocks write to both streams in place, so that none can be left out: said."""
+def test_video_with_sound_is_cached(server: Server) -> None:
+    """LTX-2's latent is a list of two, and its blocks write to both streams in place."""
     if "ltxav" not in server.families():
         pytest.skip("this server has no model whose latent is a list")
-    flow = workflow("ltxav")
+    flow, schedule = workflow("ltxav"), "11101010"
     latent = {"latent_image": flow.latent()}
-    cached = flow.sample(configured(flow, flow.model(), schedule="11101010"), **latent)
+    plain = flow.sample(flow.model(copy=1), **dict(latent))
+    never = flow.sample(configured(flow, flow.model(), schedule="1" * 8), **dict(latent))
+    flow.add("TestDifference", "never", a=never, b=plain)
+    cached = flow.sample(configured(flow, flow.model(), schedule=schedule), **dict(latent))
     flow.add("CacheDitStats", "stats", trigger=cached)
-    flow.facts(cached)
-    flow.add("TestDifference", "difference", a=cached, b=flow.sample(flow.model(copy=1), **latent))
+    by_hand = flow.add("TestEagerCache", model=flow.model(copy=2), family="ltxav", schedule=schedule)
+    flow.add("TestDifference", "cached", a=cached, b=flow.sample(by_hand, **dict(latent)))
+    flow.add("TestDifference", "effect", a=cached, b=plain)
     shown = server.run(flow.nodes)
-    assert shown["difference"]["difference"] == 0.0
-    assert (calls(shown["stats"]), hits(shown["stats"])) == (8, 0)
-    assert any("write in place" in each for each in shown["facts"]["said"])
+    assert shown["never"]["difference"] == 0.0
+    assert (calls(shown["stats"]), hits(shown["stats"])) == (8, 3)
+    assert shown["cached"]["difference"] <= 1e-4 * shown["cached"]["size"]
+    assert shown["effect"]["difference"] > 1e-2
 
 
 @pytest.mark.parametrize("weights", ("float8_e4m3fn", "float8_e5m2"))
@@ -776,20 +784,29 @@ def test_progress_is_shown_on_the_node(server: Server) -> None:
 
 
 def test_the_old_dialect_beside_the_other_project(tree: Path, comfy_version: str, tmp_path: Path) -> None:
-    """Another package called cache_dit is installed: its import stays as it is, and the nodes work all the same."""
+    """Another package called cache_dit is installed: its import stays as it is, and the nodes work all the same.
+
+    So they do without a compiler: inductor gives way to eager, with one message.
+    """
     from server import running
 
     other = tmp_path / "other/cache_dit"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("mine = 'the other project'\n")
-    with running(tree, tmp_path / "home", CACHE_DIT_LANG="en", CACHE_DIT_COMFY_NODES="v1", PACKAGES=str(other.parent)) as old:
+    environment = {"CACHE_DIT_LANG": "en", "CACHE_DIT_COMFY_NODES": "v1", "PACKAGES": str(other.parent), "CXX": "/no/compiler"}
+    with running(tree, tmp_path / "home", **environment) as old:
         flow = workflow("sd3")
-        samples = flow.sample(configured(flow, flow.model(), schedule="1110"), steps=4)
+        samples = flow.sample(configured(flow, flow.model(), schedule="1110", inner="inductor"), steps=4)
         flow.add("CacheDitStats", "stats", trigger=samples)
         flow.add("CacheDitTimeline", "timeline", trigger=samples)
         flow.add("TestImport", "import", after=samples, module="cache_dit")
+        by_hand = flow.add("TestEagerCache", model=flow.model(copy=1), family="sd3", schedule="1110")
+        flow.add("TestDifference", "difference", a=samples, b=flow.sample(by_hand, steps=4))
         shown = old.run(flow.nodes)
         assert hits(shown["stats"]) == 1
+        assert shown["difference"]["difference"] <= 1e-4 * shown["difference"]["size"]
         assert shown["timeline"]["images"]
         assert shown["import"] == {"mine": "the other project"}
-        assert old.log.read_text().count("Another project provides the module cache_dit") == 1
+        log = old.log.read_text()
+        assert log.count("Another project provides the module cache_dit") == 1
+        assert log.count("install a C++ compiler or Triton") == 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,15 @@ class Draw:
         return torch.randint(0, high, shape, generator=self._generator)
 
 
-@contextlib.contextmanager
-def _memory_as_it_comes_is_nan() -> Iterator[None]:
-    """``torch.empty`` gives NaN: what a class leaves uninitialised may look like weights, others in each model."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+@contextmanager
+def _memory_filled() -> Iterator[None]:
+    """New tensors hold NaN where nothing was written to them: a class that leaves weights as memory comes is noticed."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class TinyModel:
         module = importlib.import_module(discovered()[self.name])
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            with _memory_as_it_comes_is_nan():
+            with _memory_filled():
                 model: nn.Module = getattr(module, self.name)(**self.config).eval()
             for parameter in model.parameters():
                 size = float(parameter.double().abs().mean())

@@ -240,7 +240,7 @@ class Feeding(nn.Module):
 
 
 def distributed_activations(rank: int) -> dict[str, Any]:
-    """Blocks that hand DTensors on are said not to be cached, and run."""
+    """Blocks that hand DTensors on: each rank keeps the residual of its part of the tokens."""
     import warnings
 
     from torch.distributed.device_mesh import init_device_mesh
@@ -273,21 +273,23 @@ def distributed_activations(rank: int) -> dict[str, Any]:
         plan[f"blocks.{i}.norm"] = SequenceParallel()
         plan[f"blocks.{i}.feed.a"] = ColwiseParallel(input_layouts=Shard(1))
         plan[f"blocks.{i}.feed.b"] = RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
-    model: Any = parallelize_module(new(), init_device_mesh("cpu", (dist.get_world_size(),)), plan)
-
-    def by_number(x: Tensor, t: Tensor) -> Tensor:
-        # a DTensor times a tensor of one element is all that DTensor mixes
-        result: Tensor = model(x, t[:1])
-        return result
-
-    cache_dit.enable_cache(model, **FIXED)
-    masks, x = Masks(model), noise()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        result = denoise(by_number, x)
-    whole = denoise(lambda x, t: new()(x, t[:1]), x)
-    ours = [str(each.message) for each in said if "cache_dit" in type(each.message).__module__]
-    return {**masks.report(), "apart": apart(result, whole), "said": ours}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    # a DTensor times a tensor of one element is all that DTensor mixes
+    whole = cache_dit.enable_cache(new(), **FIXED, group=False)
+    reference = denoise(lambda x, t: whole(x, t[:1]), noise())
+    found: dict[str, Any] = {"alone_bytes": cache_dit.get_stats(whole).cache_bytes}
+    found["effect"] = apart(reference, denoise(lambda x, t: new()(x, t[:1]), noise()))
+    for lowering in ("specialize", "cond", "pieces"):
+        model: Any = parallelize_module(new(), mesh, plan)
+        cache_dit.enable_cache(model, **FIXED, lowering=lowering)
+        masks = Masks(model)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            result = denoise(lambda x, t, model=model: model(x, t[:1]), noise())
+        ours = [str(each.message) for each in said if "cache_dit" in type(each.message).__module__]
+        lowered = [graph.lowering for graph in cache_dit.explain(model).graphs]
+        found[lowering] = {**masks.report(), "apart": apart(result, reference), "said": ours, "lowered": lowered}
+    return found
 
 
 def sequence_parallel(rank: int) -> dict[str, Any]:

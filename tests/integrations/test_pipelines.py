@@ -219,7 +219,7 @@ def test_models_of_few_steps(flux: Any, steps: int, hits: int) -> None:
     family = dataclasses.replace(tiny.FLUX, call={**tiny.FLUX.call, "steps": steps})
     plain, by_hand = family.sample(flux), family.sample(family.cached_by_hand(flux))
     cache_dit.enable_cache(flux, **EXACT)
-    told = "of which 4 will be skipped" if hits else "all within the warm-up of 3"
+    told = "and will skip these: 4" if hits else "all within the warm-up of 3"
     with pytest.warns(CacheDitWarning, match=f"the run has {steps} steps, {told}"):
         made = [family.sample(flux)]
     made.append(without_warnings(family, flux))

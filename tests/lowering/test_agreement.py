@@ -10,7 +10,7 @@ import torch
 from cache_dit.passes import BranchOptions, CacheInputs
 from torch import Tensor, fx, nn
 
-from cache_dit.lowering import DEFAULT_LOWERING, LOWERINGS, InnerCompiler, NotInPieces, choose_lowering, with_cache_examples
+from cache_dit.lowering import DEFAULT_LOWERING, LOWERINGS, InnerCompiler, Unsuited, choose_lowering, with_cache_examples
 from cache_dit.runtime.program import Programs
 from cache_dit.torch_internals import copy_dynamo_graph, inner_compiler
 from tests.models import (
@@ -85,7 +85,7 @@ def test_the_forms_agree_bit_for_bit_and_computed_steps_with_the_model(name: str
     results = {}
     for form in LOWERINGS:
         if form == "pieces" and name in NOTHING_ALIKE:
-            with pytest.raises(NotInPieces, match="nothing_alike"):
+            with pytest.raises(Unsuited, match="nothing_alike"):
                 lowered(name, form)
             continue
         programs, inputs, flat = lowered(name, form)

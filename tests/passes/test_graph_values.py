@@ -19,6 +19,7 @@ from cache_dit.passes.graph_values import (
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from cache_dit.torch_internals import memory_of
 from tests.models import Stack, capture, example, seeded, traced_stack
 
 
@@ -152,8 +153,35 @@ def test_symbolic_sizes_are_compared_by_expression() -> None:
     assert shape_key(first) != shape_key(first.double())
 
 
+def test_a_size_that_tracing_found_to_be_a_number_equals_it() -> None:
+    """What is added has a size of its own: the symbol of the stream gives way to it, in what was made before, too."""
+
+    class Steered(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.abs() + torch.ones(4, 3)).relu()
+
+    gm = capture(Steered(), torch.ones(4, 3), dynamic=True)
+    before, after = (example_of(node) for node in gm.graph.nodes if name_of(node) in ("abs", "relu"))
+    assert isinstance(before, Tensor) and isinstance(after, Tensor)
+    assert isinstance(before.shape[0], torch.SymInt)
+    assert shape_key(before) == shape_key(after)
+
+
 def test_higher_order_operators_and_contexts_stay() -> None:
     graph = fx.Graph()
     assert not is_removable(graph.call_function(torch.ops.higher_order.cond, ()))
     assert not is_removable(graph.call_function(torch.amp.autocast_mode._enter_autocast, ()))
     assert not is_removable(graph.placeholder("x"))
+
+
+def test_memory_is_told_under_a_transform_too() -> None:
+    """Tensors within vmap have no storage of their own to ask for."""
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(memory_of(x) == memory_of(x[1:]))
+        seen.append(memory_of(x) == memory_of(x * 2.0))
+        return x
+
+    torch.vmap(look)(torch.randn(3, 4))
+    assert seen == [True, False]

@@ -95,12 +95,15 @@ def test_what_is_not_finite_is_counted_and_stored_as_zero() -> None:
     assert mean_square == difference == pytest.approx(1.0)
 
 
-def test_what_overflows_the_stored_dtype_is_counted() -> None:
-    truth = torch.tensor([1.0, 1e6])
-    stored = [torch.zeros(2, dtype=torch.float16)]
-    count, *_ = store(truth, stored, torch.float16, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("large", [1e6, float("inf"), float("-inf"), float("nan")])
+def test_what_overflows_the_stored_dtype_is_counted(dtype: torch.dtype, large: float) -> None:
+    truth = torch.tensor([1.0, large])
+    stored = [torch.zeros(2, dtype=dtype)]
+    count, *rest = store(truth, stored, dtype, torch.float32)
     assert count == 1.0
     assert stored[0].tolist() == [1.0, 0.0]
+    assert torch.stack(rest).isfinite().all()
 
 
 def test_statistics_are_of_what_is_stored() -> None:

@@ -3,61 +3,70 @@
     python tests/reliability/mutation.py                      the three central modules
     python tests/reliability/mutation.py session --sample 60  some changes to another one
     python tests/reliability/mutation.py clock --show 17      what change 17 is
+    python tests/reliability/mutation.py --record             which tests reach which lines, where not known yet
 
 cosmic-ray makes the changes; its own runner wants a package where its files lie, which ours is not. Here each change is
-tested in a child that was forked from a process with torch loaded, so that it costs seconds. A change that makes the tests
-run four times as long counts as noticed.
+tested in a child that was forked from a process with torch loaded and warm, and only by the tests that reach the changed
+line, those that take least first. So it costs seconds. Which those are is recorded once for each file of tests, in
+build/mutation. A change that makes the tests run four times as long counts as noticed. Tests of more than LONGEST seconds, and
+those that start other processes, are left out: what is measured is a lower bound.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import builtins
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# The tests of each module, those that notice most first.
-TESTS: dict[str, tuple[str, ...]] = {
-    "clock": ("tests/runtime/test_clock.py", "tests/reliability/test_runs.py"),
-    "buffers": (
-        "tests/runtime/test_session.py",
-        "tests/runtime/test_control_refresh.py",
-        "tests/reliability/test_models.py",
-        "tests/test_end_to_end.py",
-    ),
-    "call": (
-        "tests/runtime/test_session.py",
-        "tests/test_api.py",
-        "tests/reliability/test_models.py",
-        "tests/test_blockwise.py",
-        "tests/runtime/test_eager_contexts.py",
-        "tests/test_compile_habits.py",
-    ),
-    "signs": ("tests/reliability/test_runs.py", "tests/reliability/test_concurrency.py"),
-    "registry": ("tests/test_backend.py", "tests/test_api.py", "tests/reliability/test_models.py"),
-    "session": (
-        "tests/runtime/test_session.py",
-        "tests/reliability/test_runs.py",
-        "tests/test_end_to_end.py",
-        "tests/test_api.py",
-        "tests/test_fidelity.py",
-        "tests/runtime",
-    ),
-}
+RUNTIME = ROOT / "cache_dit" / "runtime"
+RECORDS = ROOT / "build" / "mutation"
+# What the runtime is tested by.
+FILES = (
+    "tests/runtime/test_clock.py",
+    "tests/runtime/test_solvers.py",
+    "tests/runtime/test_correction.py",
+    "tests/runtime/test_session.py",
+    "tests/runtime/test_control_refresh.py",
+    "tests/runtime/test_eager_contexts.py",
+    "tests/runtime/test_parts.py",
+    "tests/reliability/test_runs.py",
+    "tests/reliability/test_faults.py",
+    "tests/reliability/test_models.py",
+    "tests/reliability/test_numerics.py",
+    "tests/reliability/test_concurrency.py",
+    "tests/reliability/test_injected.py",
+    "tests/test_api.py",
+    "tests/test_backend.py",
+    "tests/test_blockwise.py",
+    "tests/test_compile_habits.py",
+    "tests/test_end_to_end.py",
+    "tests/test_explanation.py",
+    "tests/test_fidelity.py",
+    "tests/test_statistics.py",
+    "tests/integrations/test_diffusers.py",
+)
+MODULES = tuple(sorted(path.stem for path in RUNTIME.glob("*.py") if path.stem != "__init__"))
 CENTRAL = ("clock", "buffers", "call")
 ALLOWED_TIMES_LONGER = 4.0
+LONGEST = 8.0
+OPTIONS = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--show-capture=no", "--tb=short")
+MARKS = "not slow and not comfy and not soak"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,7 @@ class Mutant:
 
 
 def path_of(module: str) -> Path:
-    return ROOT / "cache_dit" / "runtime" / f"{module}.py"
+    return RUNTIME / f"{module}.py"
 
 
 def mutants_of(module: str) -> Iterator[Mutant]:
@@ -156,86 +165,288 @@ def meaning(source: str) -> str:
 
 
 class Swap(importlib.abc.MetaPathFinder):
-    """Imports one module of the package with other code."""
+    """Imports modules of the package with other code: ``source_of`` gives it by the module's name, or None."""
 
-    def __init__(self, mutant: Mutant) -> None:
-        self._name, self._path, self._source = f"cache_dit.runtime.{mutant.module}", path_of(mutant.module), mutant.source
+    def __init__(self, source_of: Callable[[str], ast.Module | str | None]) -> None:
+        self._source_of = source_of
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self._name:
+        package, _, module = fullname.rpartition(".")
+        source = self._source_of(module) if package == "cache_dit.runtime" else None
+        if source is None:
             return None
-        source = self._source
 
         class Loader(importlib.machinery.SourceFileLoader):
             def get_code(self, fullname: str) -> CodeType:
-                return compile(source, self.path, "exec", dont_inherit=True)
+                code: CodeType = compile(source, self.path, "exec", dont_inherit=True)
+                return code
 
-        return importlib.util.spec_from_file_location(fullname, self._path, loader=Loader(fullname, str(self._path)))
+        return importlib.util.spec_from_file_location(fullname, path_of(module), loader=Loader(fullname, str(path_of(module))))
 
 
-def run_tests(tests: Sequence[str], mutant: Mutant | None) -> int:
+# Which tests reach which lines.
+
+
+class _Marks(ast.NodeTransformer):
+    """Notes each statement of a function when it is about to run."""
+
+    def __init__(self, module: str) -> None:
+        self._module, self._depth = module, 0
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self._depth += 1
+        self.generic_visit(node)
+        self._depth -= 1
+        return node
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        for name in ("body", "orelse", "finalbody"):
+            statements = getattr(node, name, None)
+            if self._depth and isinstance(statements, list) and statements:
+                setattr(node, name, [each for statement in statements for each in (*self._mark(statement), statement)])
+        return node
+
+    def _mark(self, statement: ast.stmt) -> list[ast.stmt]:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            return []
+        call = ast.parse(f"__cache_dit_reached__({self._module!r}, {statement.lineno})").body[0]
+        return [ast.copy_location(call, statement)]
+
+
+def with_marks(module: str) -> ast.Module:
+    tree = ast.parse(path_of(module).read_text(encoding="utf-8"))
+    return ast.fix_missing_locations(_Marks(module).visit(tree))
+
+
+class Recorder:
+    """A plugin of pytest: the lines that each test reaches, and its seconds."""
+
+    def __init__(self) -> None:
+        self.reached: set[tuple[str, int]] = set()
+        self.seconds = 0.0
+        self.tests: dict[str, dict[str, Any]] = {}
+        vars(builtins)["__cache_dit_reached__"] = lambda module, line: self.reached.add((module, line))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.reached.clear()
+        self.seconds = time.monotonic()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        lines = [f"{module}:{line}" for module, line in sorted(self.reached)]
+        self.tests[nodeid] = {"seconds": round(time.monotonic() - self.seconds, 2), "lines": lines}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            raise SystemExit(f"{report.nodeid} fails without any change:\n{report.longreprtext}")
+
+
+def record_of(file: str) -> Path:
+    """Where the record of a file of tests lies; another place where it or the runtime is another one."""
+    content = hashlib.sha256((ROOT / file).read_bytes())
+    for path in sorted(RUNTIME.glob("*.py")):
+        content.update(path.read_bytes())
+    return RECORDS / f"{Path(file).stem}-{content.hexdigest()[:12]}.json"
+
+
+def record(file: str) -> None:
+    """Run the tests of a file once, unchanged, and keep what each reaches."""
+    import pytest
+
+    sys.meta_path.insert(0, Swap(with_marks))
+    recorder = Recorder()
+    pytest.main([*OPTIONS, "--hypothesis-seed=0", "-m", MARKS, str(ROOT / file)], plugins=[recorder])
+    path = record_of(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(recorder.tests, indent=0), encoding="utf-8")
+
+
+def files_of_tests(named: Sequence[str] = ()) -> list[str]:
+    """Those that are there; of them those whose names hold one of these parts, if any is given."""
+    return [file for file in FILES if (ROOT / file).exists() and (not named or any(part in file for part in named))]
+
+
+def record_missing(files: Sequence[str]) -> None:
+    for file in files:
+        if not record_of(file).exists():
+            start = time.monotonic()
+            in_child(lambda file=file: record(file) or 0, 3600.0, quiet=False)  # type: ignore[misc]
+            if not record_of(file).exists():
+                raise SystemExit(f"the tests in {file} fail without any change")
+            print(f"{file}: recorded in {time.monotonic() - start:.1f} s", flush=True)
+
+
+class Reach:
+    """Which tests reach a line of a module."""
+
+    def __init__(self, module: str, files: Sequence[str]) -> None:
+        self._module = module
+        self.seconds: dict[str, float] = {}
+        self._lines: dict[str, set[int]] = {}
+        for file in files:
+            for test, about in json.loads(record_of(file).read_text(encoding="utf-8")).items():
+                lines = {int(line.partition(":")[2]) for line in about["lines"] if line.startswith(f"{module}:")}
+                if lines and about["seconds"] <= LONGEST:
+                    self.seconds[test], self._lines[test] = about["seconds"], lines
+        self._statements = list(_statements(ast.parse(path_of(module).read_text(encoding="utf-8"))))
+
+    def of(self, line: int) -> list[str]:
+        """Those that take least first; of what runs at import, all that reach anything in the module."""
+        around = [(last - first, first, inside) for first, last, inside in self._statements if first <= line <= last]
+        _, first, inside = min(around, default=(0, line, False))
+        tests = [test for test, lines in self._lines.items() if not inside or first in lines]
+        return sorted(tests, key=self.seconds.__getitem__)
+
+
+def _statements(node: ast.AST, inside: bool = False) -> Iterator[tuple[int, int, bool]]:
+    """First and last line of every statement, and whether it stands in a function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield child.lineno, child.end_lineno or child.lineno, inside
+        yield from _statements(child, inside or isinstance(child, ast.FunctionDef))
+
+
+# Changes.
+
+
+class InOrder:
+    """A plugin of pytest: runs some tests alone, file by file, and says which of them failed."""
+
+    def __init__(self, tests: Sequence[str], failed: int) -> None:
+        self._place = {test: i for i, test in enumerate(tests)}
+        self._failed = failed
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        chosen = [item for item in items if item.nodeid in self._place]
+        first: dict[str, int] = {}
+        for item in chosen:
+            file = item.nodeid.partition("::")[0]
+            first[file] = min(first.get(file, len(items)), self._place[item.nodeid])
+        items[:] = sorted(chosen, key=lambda item: (first[item.nodeid.partition("::")[0]], self._place[item.nodeid]))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            os.write(self._failed, report.nodeid.encode() + b"\n")
+
+
+def run_tests(tests: Collection[str], mutant: Mutant | None, failed: int) -> int:
     """In a child: the exit status of the tests, with the change in force."""
     import pytest
 
     if mutant is not None:
-        sys.meta_path.insert(0, Swap(mutant))
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--show-capture=no", "--tb=no"]
-    # what is left out notices nothing that shorter tests do not
-    left_out = "not fifty and not hundred and not adapter and not hypothesis and not interleave and not other_options"
-    options += ["--hypothesis-seed=0", "-m", "not slow and not comfy and not soak", "-k", left_out]
-    return int(pytest.main([*options, *tests]))
+        sys.meta_path.insert(0, Swap({mutant.module: mutant.source}.get))
+    files = dict.fromkeys(str(ROOT / test.partition("::")[0]) for test in tests)
+    arguments = ["-x", *OPTIONS, "--hypothesis-seed=0", "-m", MARKS, *files]
+    return int(pytest.main(arguments, plugins=[InOrder(list(tests), failed)]))
 
 
-def outcome(tests: Sequence[str], mutant: Mutant | None, limit: float) -> tuple[str, float]:
-    """'survived', 'killed' or 'timed out', and the seconds it took."""
+def in_child(work: Callable[[], int], limit: float, quiet: bool = True) -> int | None:
+    """The exit status of what a forked child does; None where it took longer than the limit."""
     start = time.monotonic()
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             os.setsid()
-            status = run_tests(tests, mutant)
-        except BaseException:
-            status = 1
-        os._exit(min(status, 100))
+            if quiet:
+                sink = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(sink, 1)
+                os.dup2(sink, 2)
+            status = work()
+        except SystemExit as end:
+            print(end, flush=True)
+        finally:
+            os._exit(min(status, 100))
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
-        spent = time.monotonic() - start
         if done:
-            return ("survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"), spent
-        if spent > limit:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() - start > limit:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return "timed out", spent
+            return None
         time.sleep(0.02)
 
 
-def measure(module: str, sample: int | None, seed: int) -> tuple[int, int, list[Mutant]]:
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a change: 'survived', 'killed' or 'timed out', by which test, and the seconds it took."""
+
+    how: str
+    by: str
+    seconds: float
+
+
+def outcome(tests: Sequence[str], mutant: Mutant | None, limit: float) -> Outcome:
+    if not tests:
+        return Outcome("survived", "no test reaches it", 0.0)
+    start = time.monotonic()
+    reader, writer = os.pipe()
+    status = in_child(lambda: run_tests(tests, mutant, writer), limit)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as failed:
+        by = failed.read().partition("\n")[0]
+    how = "timed out" if status is None else "survived" if status == 0 else "killed"
+    return Outcome(how, by, time.monotonic() - start)
+
+
+def measure(
+    module: str, files: Sequence[str], sample: int | None, seed: int, numbers: Collection[int]
+) -> tuple[int, int, list[Mutant]]:
     """Number of changes tried, number noticed, and those that were not."""
-    tests = [str(ROOT / test) for test in TESTS[module]]
-    plain, seconds = outcome(tests, None, 3600.0)
-    if plain != "survived":
-        raise SystemExit(f"the tests of {module} fail without any change")
-    print(f"{module}: the tests take {seconds:.1f} s", flush=True)
+    reach = Reach(module, files)
     mutants = list(mutants_of(module))
-    if sample is not None and sample < len(mutants):
+    print(f"{module}: {len(mutants)} changes; {len(reach.seconds)} tests reach it", flush=True)
+    if numbers:
+        mutants = [mutant for mutant in mutants if mutant.number in numbers]
+    elif sample is not None and sample < len(mutants):
         mutants = sorted(random.Random(seed).sample(mutants, sample), key=lambda mutant: mutant.number)
-    survivors = []
+    survivors, killers = [], set[str]()
     for done, mutant in enumerate(mutants, 1):
-        how, spent = outcome(tests, mutant, ALLOWED_TIMES_LONGER * seconds)
-        if how == "survived":
+        tests = reach.of(mutant.line)
+        limit = 20.0 + ALLOWED_TIMES_LONGER * sum(reach.seconds[test] for test in tests)
+        found = outcome(tests, mutant, limit)
+        if found.how == "survived":
             survivors.append(mutant)
-        print(f"{done}/{len(mutants)} {how} in {spent:.1f} s: {mutant}", flush=True)
+        if found.by in reach.seconds:
+            killers.add(found.by)
+        by = found.by or "import"
+        print(f"{done}/{len(mutants)} {found.how} in {found.seconds:.1f} s ({len(tests)} tests, {by}): {mutant}", flush=True)
+    # a test that fails by itself, without those that ran before it, has noticed nothing
+    alone = [test for test in sorted(killers) if outcome([test], None, 20.0 + 10 * LONGEST).how != "survived"]
+    if alone:
+        print(f"{module}: these fail alone without any change: {', '.join(alone)}")
     return len(mutants), len(mutants) - len(survivors), survivors
+
+
+def warm() -> None:
+    """Load what every child needs; nothing of the package, which each child imports with its change."""
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    layer = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        torch.compile(layer, backend="eager")(torch.ones(1, 2))
+    torch._dynamo.reset()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("modules", nargs="*", default=list(CENTRAL), choices=[*TESTS, []], help="modules of cache_dit/runtime")
+    parser.add_argument(
+        "modules",
+        nargs="*",
+        default=CENTRAL,
+        choices=[*MODULES, CENTRAL],
+        metavar="module",
+        help="modules of cache_dit/runtime",
+    )
     parser.add_argument("--sample", type=int, help="try so many changes of each module, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, nargs="+", default=[], help="try these changes of one module again")
+    parser.add_argument("--files", nargs="+", default=[], help="only the files of tests whose names hold one of these parts")
+    parser.add_argument("--record", action="store_true", help="record what each test reaches and try nothing")
     parser.add_argument("--show", type=int, help="print one change and try nothing")
     parser.add_argument("--list", action="store_true", help="print every change and try nothing")
     given = parser.parse_args(arguments)
@@ -246,14 +457,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if given.list or mutant.number == given.show:
                     print(mutant)
         return 0
-    # what every child needs, loaded once; nothing of the package, which each child imports with its change
-    import hypothesis  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-    import torch._dynamo
-
-    torch.set_num_threads(1)
-    results = {module: measure(module, given.sample, given.seed) for module in modules}
+    warm()
+    files = files_of_tests(given.files)
+    record_missing(files)
+    if given.record:
+        return 0
+    results = {module: measure(module, files, given.sample, given.seed, given.only) for module in modules}
     for module, (_, _, survivors) in results.items():
         print(f"\n{module}: {len(survivors)} not noticed")
         for mutant in survivors:

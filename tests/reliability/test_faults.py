@@ -261,6 +261,43 @@ def test_a_broken_compile_cache_on_disk_costs_time_alone(tmp_path: Path, damage:
     run()
 
 
+DAMAGES = {
+    "spoilt": "[f.write_bytes(b'spoilt') for f in folder.rglob('*') if f.is_file() and f.suffix != '.so']",
+    "removed": "shutil.rmtree(folder)",
+}
+
+AGAIN = """
+import os, pathlib, shutil, warnings
+folder = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+exec(os.environ["DAMAGE"])
+warnings.simplefilter("ignore")
+for sizes in ((2, 5, 8), (3, 7, 8), (4, 9, 8)):
+    x = torch.randn(sizes)
+    with torch.no_grad():
+        outputs = [model(x + step, torch.tensor(1.0 - step / 8)) for step in range(6)]
+        for step in (0, 2, 4):
+            torch.testing.assert_close(outputs[step], model.forward(x + step, torch.tensor(1.0 - step / 8)))
+print("hits", cache_dit.get_stats(model).hits)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_compile_cache_that_breaks_in_mid_session(tmp_path: Path, damage: str) -> None:
+    """New shapes compile all the same."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    settings = {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "DAMAGE": DAMAGES[damage],
+    }
+    command = [sys.executable, "-c", INDUCTOR + AGAIN]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split("hits")[1:] == [" 3\n", " 12\n"]
+
+
 # Values that are not finite.
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache_dit.runtime.solvers import SOLVERS, SolverStep, solver_steps
+from cache_dit.runtime.solvers import SOLVERS, SolverStep, TimeCheck, dpmpp_2m, solver_steps
 
 LEVELS = [1.0, 0.9, 0.75, 0.5, 0.3, 0.1, 0.0]
 
@@ -145,3 +145,29 @@ def test_dpmpp_2m_of_the_older_models_is_that_of_diffusers() -> None:
     scale = (levels[0] ** 2 + 1.0) ** 0.5
     found = replay(steps, outputs, start * scale)
     torch.testing.assert_close(found, scheduled(scheduler, outputs, start), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [14, 15, 16])
+def test_dpmpp_2m_ends_in_first_order_in_short_runs_alone(steps: int) -> None:
+    """Where the last level is not 0; there it does so in any run."""
+    found = dpmpp_2m([0.9 - 0.8 * n / steps for n in range(steps + 1)], "epsilon")
+    assert [step.c == 0.0 for step in found] == [True, *[False] * (steps - 2), steps < 15]
+
+
+def test_timesteps_go_with_the_levels_or_not() -> None:
+    """Levels times a thousand; off by a hundredth of what has passed they fit, by a twentieth they do not."""
+    sigmas = [1.0, 0.8, 0.5, 0.1, 0.0]
+    check = TimeCheck(sigmas, "flow")
+    assert [check.agrees(n + 1, 1000.0 * sigma) for n, sigma in enumerate(sigmas)] == [True] * 5
+    assert check.agrees(3, 500.0 + 0.01 * 500.0) and check.agrees(3, 500.0 - 0.01 * 500.0)
+    assert not check.agrees(3, 500.0 + 0.05 * 500.0) and not check.agrees(3, 500.0 - 0.05 * 500.0)
+    assert check.agrees(3, None) and TimeCheck(sigmas, "epsilon").agrees(3, 7.0)
+    # the first one may come again, in another context; a course that stands still is none
+    again = TimeCheck(sigmas, "flow")
+    assert again.agrees(2, 800.0) and again.agrees(2, 800.0) and again.agrees(3, 500.0) and not again.agrees(4, 400.0)
+    still = TimeCheck(sigmas, "flow")
+    assert still.agrees(1, 5.0) and not still.agrees(2, 5.0)
+
+
+def test_gain_is_how_far_the_state_moves() -> None:
+    assert SolverStep(a=2.0, b=3.0, c=5.0, p=7.0, q=11.0).gain == 33.0

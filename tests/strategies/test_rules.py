@@ -24,6 +24,7 @@ def view(step: int, hits: int = 0, **more: object) -> StepView:
         "clock": 0.0,
         "last_increment": None,
         "forecast_error": 0.01,
+        "last_gap": 2,
     }
     return StepView(step=step, consecutive_hits=hits, stored=stored, **{**known, **more})  # type: ignore[arg-type]
 
@@ -59,6 +60,14 @@ def test_the_first_block_rule_carries_the_distance_one_step_on(hits: int, measur
     given = view(10, hits=hits, last_increment=measured)
     assert built("first_block", tolerance=distance * 1.001).decide(given).skip
     assert not built("first_block", tolerance=distance * 0.999).decide(given).skip
+
+
+def test_the_first_block_rule_needs_no_more_than_one_residual() -> None:
+    """Plain reuse keeps one."""
+    given = replace(view(10, last_increment=0.1), stored=(Point(9, None),))
+    assert built("first_block", tolerance=0.051).decide(given).reason == "clock"
+    assert not built("first_block", tolerance=0.049).decide(given).skip
+    assert built("first_block").decide(replace(given, last_gap=None)).reason == "interval"
 
 
 def test_the_first_block_rule_has_the_guards_of_the_clock() -> None:

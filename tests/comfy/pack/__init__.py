@@ -67,6 +67,7 @@ CHAINS = {
     "flux": ("double_blocks", "single_blocks"),
     "wan": ("blocks",),
     "sd3": ("joint_blocks",),
+    "ltxav": ("transformer_blocks",),
 }
 
 
@@ -364,6 +365,9 @@ class EagerCache:
         if self.family == "flux":
             # double blocks take img and txt by name, single blocks the joined stream
             return (kwargs["img"], kwargs["txt"]) if "img" in kwargs else (args[0],)
+        if self.family == "ltxav":
+            # video and sound in one argument
+            return tuple(args[0])
         return args[:2] if self.family == "sd3" else args[:1]
 
     def _passed(self, streams: tuple[Any, ...]) -> Any:
@@ -376,6 +380,8 @@ class EagerCache:
             return made[:, txt.shape[1] :] - img
         if self.family == "sd3":
             return made[1] - self.entered[1]
+        if self.family == "ltxav":
+            return made[0] - self.entered[0], made[1] - self.entered[1]
         return made - self.entered[0]
 
     def _predicted(self) -> Any:
@@ -385,6 +391,8 @@ class EagerCache:
             return torch.cat((txt, img + added), dim=1)
         if self.family == "sd3":
             return None, self.entered[1] + added
+        if self.family == "ltxav":
+            return self.entered[0] + added[0], self.entered[1] + added[1]
         return self.entered[0] + added
 
 

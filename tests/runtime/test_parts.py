@@ -1,0 +1,211 @@
+"""The small parts of the runtime, each by itself: buffers, marks of weights and control inputs, bounds of a correction."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cache_dit.passes.insert_cache_branch import CacheInputs, ResidualBuffer
+from cache_dit.passes.residual_math import statistics_length
+
+from cache_dit.forecasts import Point
+from cache_dit.messages import CacheDitWarning, SaidOnce
+from cache_dit.options import resolve_options
+from cache_dit.runtime.buffers import ControlMark, WeightMark, allocate
+from cache_dit.runtime.clock import StepClock
+from cache_dit.runtime.correction import Past, _bounded, _relative_error, bytes_to_keep
+from cache_dit.runtime.corrector import Corrector, _replaced
+from cache_dit.runtime.operands import CacheOperands
+from cache_dit.runtime.signs import Signs
+from cache_dit.runtime.solvers import TimeCheck, solver_steps
+
+CPU = torch.device("cpu")
+
+
+def buffer(dtype: torch.dtype = torch.float32) -> ResidualBuffer:
+    return ResidualBuffer((2, 3), dtype, CPU)
+
+
+@pytest.mark.parametrize("front", [None, buffer(torch.float16)])
+def test_buffers_have_a_place_for_each_live_out_step_and_statistic(front: ResidualBuffer | None) -> None:
+    inputs = CacheInputs((buffer(), buffer(torch.float64), buffer()), 2, front, torch.float64, CPU)
+    sizes = ((2, 3), (2, 3), (4, 3), *(((5, 7),) if front is not None else ()))
+    store = allocate(inputs, sizes, (), ())
+    assert [[(tuple(r.shape), r.dtype) for r in history] for history in store.residuals] == [
+        [((2, 3), torch.float32)] * 2,
+        [((2, 3), torch.float64)] * 2,
+        [((4, 3), torch.float32)] * 2,
+    ]
+    assert store.measured.shape == (3 * statistics_length(2),) and store.measured.dtype == torch.float64
+    assert store.bytes == 2 * (6 * 4 + 6 * 8 + 12 * 4) + (35 * 2 if front is not None else 0)
+    assert len(store.operands()) == 6 + (front is not None)
+    if front is not None:
+        assert store.front is not None and store.operands()[0] is store.front
+        assert (tuple(store.front.shape), store.front.dtype) == ((5, 7), torch.float16)
+
+
+def test_weights_match_where_they_are_the_same_tensors_unwritten() -> None:
+    weights = [torch.ones(2), torch.ones(2)]
+    mark = WeightMark(weights)
+    assert mark.matches(weights)
+    assert not mark.matches(weights[:1]) and not mark.matches([*weights, torch.ones(2)]) and not mark.matches(weights[::-1])
+    weights[1].add_(1)
+    assert not mark.matches(weights)
+    # nothing counts the writes to inference tensors; that they are the same is known
+    with torch.inference_mode():
+        unseen = [torch.ones(2)]
+        mark = WeightMark(unseen)
+        unseen[0].add_(1)
+        assert mark.matches(unseen)
+
+
+def test_control_inputs_move_by_their_mean_change_relative_to_their_size() -> None:
+    first, second = torch.tensor([2.0, -2.0]), torch.tensor([1.0, 1.0])
+    mark = ControlMark([first, second])
+    assert mark.same_as([first, second]) and not mark.same_as([first, second.clone()])
+    assert mark.moved([first, second]) == 0.0
+    # the largest of a quarter and three times
+    assert mark.moved([torch.tensor([2.5, -2.5]), second]) == 0.25
+    assert mark.moved([torch.tensor([2.5, -2.5]), torch.tensor([4.0, -2.0])]) == 3.0
+    # from nothing to nothing is no move, from nothing to something is one without end
+    nothing = ControlMark([torch.zeros(2)])
+    assert nothing.moved([torch.zeros(2)]) == 0.0 and nothing.moved([torch.ones(2)]) == math.inf
+    first.add_(1)
+    assert not mark.same_as([first, second]) and mark.moved([first, second]) == math.inf
+
+
+def test_the_inputs_of_a_skipped_step_are_copied_and_counted_without_weights() -> None:
+    weight, steady, moving = torch.ones(7), torch.ones(3, dtype=torch.float64), torch.ones(5, dtype=torch.float16)
+    assert bytes_to_keep([weight, steady, 3, moving], [weight]) == 3 * 8 + 5 * 2
+    past = Past()
+    kept = past.keep([weight, steady, 3], [weight])
+    assert kept[0] is weight and kept[1] is not steady and torch.equal(kept[1], steady) and kept[2] == 3
+    again = past.keep([weight, steady, 3], [weight])
+    assert again[1] is kept[1]
+    steady.add_(1)
+    written = past.keep([weight, steady, 3], [weight])
+    assert written[1] is not kept[1] and torch.equal(written[1], steady) and torch.equal(kept[1], torch.ones_like(steady))
+
+
+def test_a_forecasts_error_is_the_largest_over_the_live_outs_and_nothing_where_one_is_not_finite() -> None:
+    rows = torch.tensor([0.0, 4.0, 1.0, 0.0, 1.0, 4.0])
+    assert float(_relative_error(rows, 1, (1.0,))) == 2.0
+    rows[0] = 1.0
+    assert float(_relative_error(rows, 1, (1.0,))) == 0.0
+    assert float(_relative_error(torch.tensor([0.0, 4.0, math.inf]), 1, (1.0,))) == 0.0
+
+
+def test_a_change_is_bounded_by_the_error_and_nothing_where_it_is_not_finite() -> None:
+    output, change = torch.full((4,), 2.0), torch.full((4,), 3.0)
+    torch.testing.assert_close(_bounded(change, output, torch.tensor(1.0)), change)
+    # no more than twice the error, of the output's size
+    torch.testing.assert_close(_bounded(change, output, torch.tensor(0.25)), torch.full((4,), 1.0))
+    assert torch.equal(_bounded(change, output, torch.tensor(0.0)), torch.zeros(4))
+    assert torch.equal(_bounded(torch.zeros(4), output, torch.tensor(0.0)), torch.zeros(4))
+    for value in (math.inf, math.nan):
+        change[1] = value
+        assert torch.equal(_bounded(change, output, torch.tensor(1.0)), torch.zeros(4))
+
+
+def test_only_flow_models_have_timesteps_that_go_with_their_levels() -> None:
+    for prediction in ("epsilon", "v"):
+        check = TimeCheck([0.9, 0.5, 0.1], prediction)
+        assert all(check.agrees(step, 7.0) for step in (1, 2, 3))
+
+
+def test_levels_below_nothing_are_no_run_of_a_solver() -> None:
+    assert solver_steps("euler", "epsilon", [1.0, 0.5, -0.1], 2) is None
+    assert solver_steps("euler", "epsilon", [1.0, 0.5, 0.0], 2) is not None
+
+
+def test_signs_tell_a_prompt_that_stays_from_one_that_is_another() -> None:
+    prompt, other = torch.ones(2), torch.ones(2)
+    signs = Signs()
+    assert not signs.has_other_caller() and signs.steady() == []
+    signs.note(1, [torch.ones(1), prompt])
+    assert not signs.differ([torch.ones(1), other])
+    signs.note(2, [torch.ones(1), prompt])
+    assert signs.differ([torch.ones(1), other]) and not signs.differ([torch.ones(1), prompt])
+    assert [(place, reference() is prompt) for place, reference in signs.steady()] == [(1, True)]
+    # what differed once is not steady any more
+    signs.note(3, [torch.ones(1), other])
+    assert signs.steady() == [] and not signs.differ([torch.ones(1), prompt])
+
+
+def test_a_correction_replaces_one_result_and_leaves_the_others() -> None:
+    changed = torch.ones(1)
+    for place in range(4):
+        found = _replaced(("a", "b", "c", "d"), place, changed)
+        assert found == tuple(changed if i == place else name for i, name in enumerate("abcd"))
+
+
+def test_operands_are_made_once_for_a_value_and_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache_dit.runtime.operands.MAX_KEPT", 6)
+    inputs, measured = CacheInputs((buffer(),), 3, None, torch.float32, CPU), torch.zeros(8)
+    operands = CacheOperands(0.25)
+
+    def made(key: int) -> tuple[torch.Tensor, ...]:
+        return operands.make(inputs, skip=True, weights=(2.0, -1.0), key=key, measured=measured)
+
+    pred, control, key, last = made(7)
+    assert (pred.item(), control.tolist(), key.item()) == (False, [2.0, -1.0, 0.0, 0.25], 7) and last is measured
+    assert [found is before for found, before in zip(made(7), (pred, control, key, last), strict=True)] == [True] * 4
+    # three are kept, and three more may be: then all of them go
+    assert all(made(other)[0] is pred for other in (8, 9, 10))
+    assert made(11)[0] is pred and made(11)[0] is not pred
+
+
+def corrector(monkeypatch: pytest.MonkeyPatch, **options: object) -> Corrector:
+    """Of a run by Euler's method in four steps, with room for a hundred bytes."""
+    monkeypatch.setattr("cache_dit.runtime.corrector.FREE_BYTES", 100)
+    found = Corrector(resolve_options({"language": "en", **options}), SaidOnce("en"), CacheOperands(0.0))
+    clock = StepClock()
+    clock.new_run(sigmas=[1.0, 0.8, 0.5, 0.1, 0.0], solver="euler", prediction="flow")
+    found.begin_run(clock, sees_whole_calls=True)
+    return found
+
+
+@pytest.mark.parametrize("size", [30, 31])
+def test_inputs_are_kept_for_a_correction_where_they_take_little(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A hundred bytes, and twice the ten that the residuals take."""
+    correcting = corrector(monkeypatch, correction=True)
+    store: Any = SimpleNamespace(bytes=10, past=Past())
+    graph: Any = SimpleNamespace(watched=lambda args: ())
+    inputs, output = [torch.ones(size)], torch.ones(3)
+
+    def skipped() -> None:
+        found = correcting.skipped(store, graph, inputs, Point(2, 0.8), 0, [output, 3])
+        assert found[1] == 3 and torch.equal(found[0], output)
+
+    if size == 30:
+        skipped()
+        assert correcting.applies(4) and not correcting.applies(5) and len(store.past.skipped) == 1
+        return
+    with pytest.warns(CacheDitWarning):
+        skipped()
+    assert not correcting.applies(1) and store.past.skipped == []
+
+
+def test_a_run_whose_timesteps_are_not_those_announced_is_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    correcting = corrector(monkeypatch, correction=True)
+    store: Any = SimpleNamespace(bytes=10, past=Past())
+    graph: Any = SimpleNamespace(watched=lambda args: ())
+    for step, time in ((1, 1.0), (2, 0.8)):
+        correcting.skipped(store, graph, [torch.ones(1)], Point(step, time), 0, [torch.ones(3)])
+    assert correcting.applies(3)
+    with pytest.warns(CacheDitWarning):
+        correcting.skipped(store, graph, [torch.ones(1)], Point(3, 0.1), 0, [torch.ones(3)])
+    assert not correcting.applies(3)
+
+
+def test_what_is_corrected_by_default_alone_says_nothing_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    correcting = corrector(monkeypatch, strategy="adaptive")
+    assert correcting.applies(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CacheDitWarning)
+        correcting.end("correction_outputs")
+    assert not correcting.applies(1)
