@@ -97,13 +97,16 @@ def steps_table(measured: Mapping[str, Found]) -> list[str]:
 
 def compile_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
     """One row a subject and state, one column a variant: seconds, and the ratio to plain."""
-    names = list(next(iter(measured.values())))
+    names = list(dict.fromkeys(name for found in measured.values() for name in found))
     lines = ["| model | state | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for label, found in measured.items():
         for state in ("cold", "warm"):
             plain = sum(found["plain"][state]["first_calls"])
             cells = []
             for name in names:
+                if name not in found:
+                    cells.append("not measured")
+                    continue
                 first = found[name][state]
                 total = sum(first["first_calls"]) if "first_calls" in first else None
                 cells.append("does not run" if total is None else f"{total:.1f} s ({total / plain:.2f})")
@@ -173,7 +176,7 @@ def plot_depth(measured: Mapping[str, Mapping[str, Found]], file: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharex=True)
     depths = [int(label.rpartition("-")[2]) for label in measured]
     for axes, state in zip(panels, ("cold", "warm"), strict=True):
-        for name in next(iter(measured.values())):
+        for name in dict.fromkeys(name for found in measured.values() for name in found):
             values: Sequence[float] = [
                 sum(found[name][state].get("first_calls", [float("nan")])) for found in measured.values()
             ]
