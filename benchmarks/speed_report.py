@@ -178,7 +178,7 @@ def plot_depth(measured: Mapping[str, Mapping[str, Found]], file: Path) -> None:
     for axes, state in zip(panels, ("cold", "warm"), strict=True):
         for name in dict.fromkeys(name for found in measured.values() for name in found):
             values: Sequence[float] = [
-                sum(found[name][state].get("first_calls", [float("nan")])) for found in measured.values()
+                sum(found.get(name, {}).get(state, {}).get("first_calls", [float("nan")])) for found in measured.values()
             ]
             axes.plot(depths, values, marker="o", label=name)
         axes.set(xlabel="blocks", ylabel="seconds of the first three calls", title=state)
