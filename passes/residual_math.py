@@ -44,8 +44,7 @@ def store(residual: Value, stored: Sequence[Value], dtype: torch.dtype, accumula
     weight 0 stays finite (0 * NaN is NaN).
     """
     # before rounding, since some conversions to 8 bits turn infinity into the largest number; false for NaN too
-    largest = min(torch.finfo(dtype).max, torch.finfo(accumulate).max)
-    finite = residual.abs() <= largest
+    finite = residual.abs() <= min(_largest(dtype), _largest(accumulate))
     kept = torch.where(finite, residual, torch.zeros_like(residual)).to(dtype)
     truth = kept.to(accumulate)
     history = [buffer.to(truth.device).to(accumulate) for buffer in stored]
@@ -55,6 +54,14 @@ def store(residual: Value, stored: Sequence[Value], dtype: torch.dtype, accumula
         measured.extend((differences[a] * differences[b]).mean() for b in range(a, len(differences)))
     stored[-1].copy_(kept)
     return measured
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """The largest number that a dtype holds."""
+    if dtype == torch.bool:
+        return 1.0
+    real = dtype.is_floating_point or dtype.is_complex
+    return torch.finfo(dtype).max if real else torch.iinfo(dtype).max
 
 
 def predict(stored: Sequence[Value], control: Value, accumulate: torch.dtype, device: torch.device) -> Value:

@@ -127,13 +127,13 @@ def test_signs_tell_a_prompt_that_stays_from_one_that_is_another() -> None:
     signs = Signs()
     assert not signs.has_other_caller() and signs.steady() == []
     signs.note(1, [torch.ones(1), prompt])
-    assert not signs.differ([torch.ones(1), other])
+    assert not signs.differ(signs.same([torch.ones(1), other]))
     signs.note(2, [torch.ones(1), prompt])
-    assert signs.differ([torch.ones(1), other]) and not signs.differ([torch.ones(1), prompt])
+    assert signs.differ(signs.same([torch.ones(1), other])) and not signs.differ(signs.same([torch.ones(1), prompt]))
     assert [(place, reference() is prompt) for place, reference in signs.steady()] == [(1, True)]
     # what differed once is not steady any more
     signs.note(3, [torch.ones(1), other])
-    assert signs.steady() == [] and not signs.differ([torch.ones(1), prompt])
+    assert signs.steady() == [] and not signs.differ(signs.same([torch.ones(1), prompt]))
 
 
 def test_a_correction_replaces_one_result_and_leaves_the_others() -> None:
