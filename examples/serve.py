@@ -4,6 +4,7 @@
     python examples/serve.py digits.pt2 --port 8000       serves it; needs torch, cache_dit and prometheus-client
     curl -d '{"prompt": "3 1 4", "steps": 20, "seed": 7}' localhost:8000/generate
     python examples/serve.py digits.pt2 --load 500        500 requests of mixed sizes, each compared with its single run
+    python examples/serve.py digits.pt2 --ray             the same behind Ray Serve: pip install 'ray[serve]'
 
 One thread runs the model. Requests in flight take turns step by step, and each has a clone of the model: the programs and
 weights are shared, the clock, the stored residuals and the statistics are its own.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import queue
 import random
 import sys
@@ -23,8 +25,10 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -306,24 +310,67 @@ def mixed_requests(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def load_test(model: Any, count: int, **settings: Any) -> tuple[int, str]:
-    """Send mixed requests from several clients; how many answers differ from their single runs, and the metrics."""
+@contextmanager
+def serving(model: Any, **settings: Any) -> Iterator[int]:
+    """A server of its own on a free port."""
     engine = Engine(model, **settings)
     server = Server(engine, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_address[1]
-    requests = mixed_requests(count)
     try:
-        with ThreadPoolExecutor(16) as clients:
-            answers = list(clients.map(lambda data: ask(port, data), requests))
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT) as reply:
-            metrics = reply.read().decode()
+        yield server.server_address[1]
     finally:
         server.shutdown()
         server.server_close()
         engine.close()
+
+
+@contextmanager
+def serving_with_ray(artifact: str, port: int, **settings: Any) -> Iterator[int]:
+    """The same two addresses behind Ray Serve: a replica loads the artifact, and requests in flight take turns in it."""
+    import asyncio
+
+    # a busy machine may take longer than the five seconds that Ray gives its proxy
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    import ray
+    from ray import serve
+    from starlette.requests import Request as Asked
+    from starlette.responses import JSONResponse, Response
+
+    class Digits:
+        def __init__(self) -> None:
+            self.engine = Engine(cache_dit.load(artifact), **settings)
+
+        async def __call__(self, asked: Asked) -> Response:
+            if asked.url.path == "/metrics":
+                return Response(generate_latest(self.engine.metrics.registry), media_type="text/plain")
+            try:
+                request = Request.of(json.loads(await asked.body()))
+            except ValueError as error:
+                self.engine.metrics.requests.labels("refused").inc()
+                return JSONResponse({"error": str(error)}, status_code=400)
+            answer = await asyncio.wait_for(asyncio.wrap_future(self.engine.submit(request)), TIMEOUT)
+            return JSONResponse(answer.as_data())
+
+    ray.init(include_dashboard=False, logging_level="ERROR")
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        deployment = serve.deployment(max_ongoing_requests=128, ray_actor_options={"num_cpus": 1})(Digits)
+        serve.run(deployment.bind(), route_prefix="/")
+        yield port
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def load_test(model: Any, count: int, port: int, shape: tuple[int, ...], predict: Predict = predict_digits) -> tuple[int, str]:
+    """Send mixed requests from several clients; how many answers differ from their single runs, and the metrics."""
+    requests = mixed_requests(count)
+    with ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(lambda data: ask(port, data), requests))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT) as reply:
+        metrics = reply.read().decode()
     differing = sum(
-        not torch.equal(images, single_run(model, Request.of(data), engine.shape, engine.predict))
+        not torch.equal(images, single_run(model, Request.of(data), shape, predict))
         for data, (_, images) in zip(requests, answers, strict=True)
     )
     return differing, metrics
@@ -354,6 +401,7 @@ def main() -> int:
     parser.add_argument("--load", type=int, metavar="COUNT", help="send this many requests, and compare the answers")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--concurrent", type=int, default=4, help="requests in flight")
+    parser.add_argument("--ray", action="store_true", help="behind Ray Serve")
     given = parser.parse_args()
     if given.export:
         export_digits(given.artifact)
@@ -362,11 +410,17 @@ def main() -> int:
     settings: dict[str, Any] = {"shape": (1, 24, 24), "concurrent": given.concurrent}
     if given.load is not None:
         start = time.perf_counter()
-        differing, metrics = load_test(model, given.load, **settings)
+        artifact = str(Path(given.artifact).resolve())
+        with serving_with_ray(artifact, given.port, **settings) if given.ray else serving(model, **settings) as port:
+            differing, metrics = load_test(model, given.load, port, settings["shape"])
         print("\n".join(line for line in metrics.splitlines() if not line.startswith("#") and "_created" not in line))
         seconds = time.perf_counter() - start
         print(f"{given.load} requests, {differing} answers unlike their single runs, {seconds:.0f} s in all")
         return int(differing > 0)
+    if given.ray:
+        with serving_with_ray(str(Path(given.artifact).resolve()), given.port, **settings):
+            print(f"http://127.0.0.1:{given.port}/generate and /metrics, until Ctrl-C")
+            threading.Event().wait()
     engine = Engine(model, **settings)
     server = Server(engine, given.port)
     print(f"http://127.0.0.1:{given.port}/generate and /metrics")

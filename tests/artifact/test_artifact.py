@@ -332,7 +332,8 @@ def test_the_server_gives_each_request_its_single_run(path: Path) -> None:
 
     serve.MAX_IMAGES = 2
     model = cache_dit.load(path, **{**OPTIONS, "strategy": "adaptive", "target_speedup": 2.0})
-    differing, metrics = serve.load_test(model, 12, shape=(3, 8, 8), concurrent=3, predict=predict)
+    with serve.serving(model, shape=(3, 8, 8), concurrent=3, predict=predict) as port:
+        differing, metrics = serve.load_test(model, 12, port, (3, 8, 8), predict)
     assert differing == 0
     assert 'cache_dit_requests_total{outcome="answered"} 12.0' in metrics
     assert "cache_dit_request_skipped_share_count 12.0" in metrics
