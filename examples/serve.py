@@ -100,6 +100,11 @@ class Answer:
         }
 
 
+def load_model(artifact: str) -> Any:
+    """The model without noise, whose numbers follow the process's seed: an answer depends on its request alone."""
+    return cache_dit.load(artifact, noise_scale=0.0)
+
+
 def sampling(model: Any, request: Request, shape: tuple[int, ...], predict: Predict) -> Iterator[Tensor]:
     """Draw with guidance by Euler steps; gives the state behind each of them."""
     generator = torch.Generator().manual_seed(request.seed)
@@ -338,7 +343,7 @@ def serving_with_ray(artifact: str, port: int, **settings: Any) -> Iterator[int]
 
     class Digits:
         def __init__(self) -> None:
-            self.engine = Engine(cache_dit.load(artifact), **settings)
+            self.engine = Engine(load_model(artifact), **settings)
 
         async def __call__(self, asked: Asked) -> Response:
             if asked.url.path == "/metrics":
@@ -406,7 +411,7 @@ def main() -> int:
     if given.export:
         export_digits(given.artifact)
         return 0
-    model = cache_dit.load(given.artifact)
+    model = load_model(given.artifact)
     settings: dict[str, Any] = {"shape": (1, 24, 24), "concurrent": given.concurrent}
     if given.load is not None:
         start = time.perf_counter()
