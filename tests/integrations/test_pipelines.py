@@ -378,6 +378,39 @@ def test_layerwise_casting(_compiled_for_casting: None, before: bool) -> None:
 
 # Adapters.
 
+def with_ip_adapter(pipeline: Any) -> Any:
+    """The tiny Flux with an IP-Adapter of random weights, in its double blocks."""
+    transformer = pipeline.transformer
+    width, text, count = transformer.inner_dim, transformer.config.joint_attention_dim, transformer.config.num_layers
+    draw = torch.Generator().manual_seed(3)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=draw)
+
+    layers = {f"{i}.to_{kind}_ip.weight": random(width, text) for i in range(count) for kind in "kv"}
+    layers |= {f"{i}.to_{kind}_ip.bias": random(width) for i in range(count) for kind in "kv"}
+    projection = {"proj.weight": random(4 * text, 6), "proj.bias": random(4 * text)}
+    projection |= {"norm.weight": torch.ones(text), "norm.bias": torch.zeros(text)}
+    transformer._load_ip_adapter_weights({"ip_adapter": layers, "image_proj": projection}, low_cpu_mem_usage=False)
+    return pipeline
+
+
+def test_an_ip_adapter(fresh_dynamo: None) -> None:
+    """Its image enters the blocks beside the hidden states; pictures are those of caching by hand, of each image its own."""
+    family = tiny.FLUX
+    pipeline = with_ip_adapter(family.build())
+    by_hand = [family.cached_by_hand(pipeline) for _ in range(2)]
+    cache_dit.enable_cache(pipeline, **EXACT)
+    images = [torch.full((1, 1, 6), value) for value in (0.5, -2.0)]
+    pictures = []
+    for image, plain in zip(images, by_hand, strict=True):
+        call = {**family.call, "ip_adapter_image_embeds": [image], "negative_ip_adapter_image_embeds": [image * 0.0]}
+        made = tiny.sample(pipeline, **call)
+        torch.testing.assert_close(made, tiny.sample(plain, **call), rtol=1e-5, atol=1e-5)
+        pictures.append(made)
+    assert cache_dit.get_stats(pipeline).hits == 2 * family.hits()
+    assert not torch.allclose(*pictures, atol=1e-3)
+
 
 def test_an_adapter_between_runs(fresh_dynamo: None) -> None:
     """Loaded, scaled, taken away: the picture is that of an uncached pipeline in the same state."""
