@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cache_dit
 
@@ -151,16 +150,23 @@ def seen(model: Any, x: Tensor, result: Tensor, masks: Masks) -> dict[str, Any]:
     return {**masks.report(), "apart": apart(result, alone(masks.schedule, x)), "effect": effect}
 
 
-class Collectives(TorchDispatchMode):
-    """Counts the collectives that run."""
+class Gathers:
+    """Counts how often weights are gathered. No dispatch mode: under one a call computes as usual."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    # how `fully_shard` calls it, in torch 2.13 and before
+    NAME = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += "c10d" in str(func) and "wait" not in str(func)
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> Gathers:
+        self.count, self.real = 0, getattr(dist, self.NAME)
+        setattr(dist, self.NAME, self.gather)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        setattr(dist, self.NAME, self.real)
+
+    def gather(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.real(*args, **kwargs)
 
 
 # ---- scenarios -------------------------------------------------------------------------------------------------------
@@ -207,9 +213,9 @@ def fsdp(rank: int) -> dict[str, Any]:
     counts: list[int] = []
 
     def counted(*args: Any) -> Tensor:
-        with Collectives() as collectives:
+        with Gathers() as gathers:
             result: Tensor = model(*args)
-        counts.append(collectives.count)
+        counts.append(gathers.count)
         return result
 
     return {**seen(model, x, denoise(counted, x), masks), "collectives": counts}
