@@ -28,14 +28,14 @@ class Calibration:
 
     Attributes:
         model: class of the model; for people, nothing depends on it.
-        structure: digest of the blocks that are cached and of those around them; it is used for no others.
+        structure: digests of the cached regions, each of its blocks and those around them; it is used for no others.
         num_steps: steps of the run; it is used for runs of no other length.
         clock: how far the residual has moved before each step and at the end, from 0 to 1; num_steps + 1 numbers.
         format: version of this format.
     """
 
     model: str
-    structure: str
+    structure: tuple[str, ...]
     num_steps: int
     clock: tuple[float, ...]
     format: int = FORMAT
@@ -73,7 +73,7 @@ def _parsed(data: Mapping[str, Any]) -> Calibration:
         raise ValueError("format")
     try:
         clock = tuple(map(float, data["clock"]))
-        found = Calibration(str(data["model"]), str(data["structure"]), int(data["num_steps"]), clock)
+        found = Calibration(str(data["model"]), tuple(map(str, data["structure"])), int(data["num_steps"]), clock)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(repr(error)) from None
     rises = all(math.isfinite(a) and a <= b for a, b in zip(clock, (*clock[1:], 1.0), strict=True))
@@ -123,11 +123,11 @@ def calibrate(model: Any, run: Callable[[], object], **options: Any) -> Calibrat
         run()
         # what the last step measured is read when the run ends
         session.end_run()
-        region = explain(model).region
-        if region is None:
+        structures = {structure_of(graph.region) for graph in explain(model).graphs if graph.region is not None}
+        if not structures:
             raise CacheDitError(text("calibrate_nothing", language))
         clock = changes.clock(language)
-        return Calibration(type(modules[0]).__name__, structure_of(region), len(clock) - 1, clock)
+        return Calibration(type(modules[0]).__name__, tuple(sorted(structures)), len(clock) - 1, clock)
     finally:
         disable_cache(model)
 

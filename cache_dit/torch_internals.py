@@ -363,6 +363,7 @@ def traced_with(compiled: Callable[..., Any], *, more: bool = False) -> Callable
     if not compile_limits():
         # torch 2.11: ``torch.compile`` does not take it
         flags["recompile_limit"] = RECOMPILE_LIMIT
+
     def call(*args: Any, **kwargs: Any) -> Any:
         # not by `config.patch`: each of those leaves a context variable behind that is never freed (2.13)
         before = {name: getattr(config, name) for name in flags}
@@ -389,6 +390,7 @@ def transform_under_way(values: Iterable[object]) -> str | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func"
     if torch._C._len_torch_dispatch_stack() > 0:
+        # those that only look on, too: Dynamo gives up code that it first meets under one, for good (2.13)
         return "TorchDispatchMode"
     from torch._subclasses import FakeTensor
 

@@ -87,4 +87,4 @@ def _local(graph: fx.Graph, node: fx.Node, behind: fx.Node) -> fx.Node:
 def _localized(out: LiveOut, local_outs: dict[fx.Node, fx.Node], bases: dict[fx.Node, fx.Node]) -> LiveOut:
     if out.node not in local_outs or out.base is None:
         return out
-    return LiveOut(local_outs[out.node], bases[out.base], out.additive)
+    return replace(out, node=local_outs[out.node], base=bases[out.base], stream=None)

@@ -39,3 +39,11 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def compiled_for_this_module_alone() -> Iterator[None]:
+    """The tests of a module share what they compile, and nothing with other modules."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

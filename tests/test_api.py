@@ -34,11 +34,7 @@ FIXED_HITS = [False, False, False, True, False, True, False, True]
 ALREADY_ENABLED = "⚠ 模型已经应用过缓存"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 @pytest.fixture(autouse=True)

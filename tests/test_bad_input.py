@@ -25,11 +25,7 @@ EAGER: dict[str, Any] = {"inner": "eager"}
 NO_TRANSFORMER = "❌ 未能找到 transformer 组件"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,11 +27,7 @@ SKIPPED = [mark == "0" for mark in SCHEDULE]
 SLOT = "_compiled_call_impl"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 class ReadsOnHost(models.Block):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -23,11 +23,7 @@ FIXED_HITS = [False, False, False, True, False, True, False, True]
 EXACT: dict[str, Any] = {"inner": "eager", "forecast": "reuse", "correction": False, "noise_scale": 0.0, "language": "en"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 class Case(NamedTuple):

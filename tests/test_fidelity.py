@@ -3,7 +3,7 @@ plain reuse by accident."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,11 +27,7 @@ ADAPTIVE: dict[str, Any] = {
 FALLING = [1.0, 0.95, 0.9, 0.82, 0.74, 0.65, 0.55, 0.44, 0.32, 0.17, 0.08, 0.0]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 def tiny() -> nn.Module:

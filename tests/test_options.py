@@ -30,7 +30,7 @@ from cache_dit.options import (
 )
 from cache_dit.texts import TEXTS
 
-CALIBRATION = Calibration("Model", "0123456789abcdef", 3, (0.0, 0.5, 0.75, 1.0))
+CALIBRATION = Calibration("Model", ("0123456789abcdef",), 3, (0.0, 0.5, 0.75, 1.0))
 NAMES = [field.name for field in dataclasses.fields(CacheOptions)]
 
 

@@ -584,13 +584,15 @@ class Session:
             context.clock += context.last_increment
 
     def _said_of_few_steps(self) -> None:
-        """Which steps of a short run will be skipped, where the rule says so beforehand."""
+        """Which steps of a short run will be skipped, where the strategy goes by their numbers alone."""
         options, steps = self.options, self.clock.num_steps
-        warmup, interval = options.warmup_steps, options.skip_interval
-        by_rule = options.strategy in ("fixed", "dynamic") and options.schedule is None
-        if not by_rule or steps is None or steps > FEW_STEPS or warmup is None or interval is None:
+        if options.strategy not in ("fixed", "dynamic") or options.schedule is not None or steps is None or steps > FEW_STEPS:
             return
-        skipped = [n for n in range(warmup + 1, steps + 1) if n % interval == 0]
+        hits, skipped = 0, []
+        # the first step computes whatever the strategy says
+        for step in range(2, steps + 1):
+            hits = hits + 1 if self.strategy.decide(StepView(step, hits, steps, None, None, (), 0.0, None, None)).skip else 0
+            skipped += [step] if hits else []
         if skipped:
             self.said.warn("few_steps_skipped", steps=steps, skipped=", ".join(map(str, skipped)))
 
@@ -621,7 +623,7 @@ class Session:
     def _drop_other_calibration(self, report: GraphReport) -> None:
         """A calibration of other blocks says nothing of these."""
         calibration = self.options.calibration
-        if calibration is None or report.region is None or structure_of(report.region) == calibration.structure:
+        if calibration is None or report.region is None or structure_of(report.region) in calibration.structure:
             return
         self.said.warn("calibration_structure")
         self.options = replace(self.options, calibration=None)

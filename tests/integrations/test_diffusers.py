@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,11 +25,7 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook  # noqa: E402
 EXACT: dict[str, Any] = {"inner": "eager", "forecast": "reuse", "noise_scale": 0.0, "language": "en"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 def _random(build: Callable[[], nn.Module]) -> nn.Module:

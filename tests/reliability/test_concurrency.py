@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,11 +23,7 @@ from .generations import EXACT, Plan, Prompted, calls_of, enabled, falling, gene
 WARM: dict[str, Any] = {**EXACT, "warmup_steps": 1}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 def alone(plan: Plan) -> list[Tensor]:

@@ -11,7 +11,7 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -36,11 +36,7 @@ from .generations import EXACT, GREEDY, Plan, cut, enabled, falling, generate, h
 PACKAGE = str(Path(cache_dit.__file__).parent)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 def inputs_at(step: int) -> tuple[Tensor, Tensor]:

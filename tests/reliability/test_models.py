@@ -8,7 +8,7 @@ import pickle
 import tracemalloc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,12 +23,7 @@ from cache_dit.torch_internals import RECOMPILE_LIMIT
 from .. import models
 from .generations import EXACT, GREEDY, Plan, Prompted, enabled, falling, generate, hits_of, prompted, same, tensor
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 def inputs_at(step: int) -> tuple[Tensor, Tensor]:

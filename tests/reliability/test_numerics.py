@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,12 +18,7 @@ from cache_dit.messages import CacheDitWarning
 from .. import models
 from .generations import EXACT, GREEDY, hits_of
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 def inputs_at(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

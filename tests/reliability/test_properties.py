@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import string
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,11 +24,7 @@ WIDTH = 6
 KINDS = ("residual", "gated", "skips", "inputs", "tuple", "indexed", "shared")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 class AnyBlock(nn.Module):

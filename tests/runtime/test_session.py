@@ -7,7 +7,7 @@ import gc
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -27,12 +27,7 @@ FIXED_HITS = [False, False, False, True, False, True, False, True]
 GREEDY: dict[str, Any] = {**EXACT, "schedule": "1" + "0" * 30}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_for_this_module_alone() -> Iterator[None]:
-    """Models of one class share what is compiled, so most tests here compile nothing."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("compiled_for_this_module_alone")
 
 
 def inputs_at(step: int, **more: Any) -> tuple[Any, ...]:
