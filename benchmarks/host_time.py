@@ -1,6 +1,6 @@
 """Host time that our runtime adds to a call: every program is replaced by its first result, so that no kernel runs.
 
-    python benchmarks/host_time.py demo
+python benchmarks/host_time.py demo
 """
 
 from __future__ import annotations

@@ -27,11 +27,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from beds import BEDS, Bed
 from judge import judge
+from processes import FOLDER, peers_python
 from quality_report import write_report
-from rules import BY_NAME, RULES, Rule, computed_steps, digest
+from rules import BY_NAME, RULES, SHIPPED, Rule, computed_steps, digest
 from sampling import Sampler, Setting, labels_of, shifted_sigmas
 from torch import Tensor
 
@@ -81,10 +83,11 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
         return [Cell("dit", small, rule, 3.0) for rule in rules]
     beds = arguments.beds
     settings = (MAIN, replace(MAIN, shift=1.0))
-    later = [rule.name for rule in RULES if rule.name not in TELLING]
+    later = [rule.name for rule in RULES if rule.name not in TELLING and rule.name != SHIPPED]
     tiers = (TELLING, later)
     # the ratios of a rule together: its programs are compiled then, and what its search has found serves all of them
     named = [Cell(b, s, rule, ratio) for tier in tiers for s in settings for rule in tier for ratio in RATIOS for b in beds]
+    named += [Cell(b, s, SHIPPED, 1.0) for s in settings for b in beds]
     if arguments.goals:
         return named
     named += [Cell(bed, MAIN, rule, ratio) for ratio in BEYOND for rule in BEST for bed in beds]
@@ -102,6 +105,7 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
         Cell(bed, replace(MAIN, steps=n, shift=shift, guidance=g, separate=apart, solver=solver), rule.name, ratio)
         for n, shift, (g, apart), solver, ratio in factors
         for rule in RULES
+        if rule.name != SHIPPED
         for bed in beds
     ]
     return list(dict.fromkeys([*named, *whole]))
@@ -137,6 +141,8 @@ class Runner:
         if rule.fewer_steps:
             found: dict[str, Any] = {"computed": count, "steps": setting.steps}
             images = Sampler(self.bed, replace(setting, steps=count, solver="ab2")).run(self.model)
+        elif rule.name == SHIPPED:
+            images, found = self.shipped(setting)
         elif rule.threshold is None:
             images, found = self.cached(rule, setting, count, {})
         else:
@@ -147,6 +153,9 @@ class Runner:
 
     def cached(self, rule: Rule, setting: Setting, count: int, more: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """One sampling through the product, and what it counted."""
+        if rule.peer:
+            images, found = self.peer(setting, {**rule.options(setting, count), **more})
+            return images, {**found, **more}
         options = {"inner": self.inner, "noise_scale": 0.0, "language": "en", "enable_stats": False}
         cache_dit.enable_cache(self.model, **{**options, **rule.options(setting, count), **more})
         try:
@@ -156,6 +165,32 @@ class Runner:
             cache_dit.disable_cache(self.model)
         share = 1.0 - stats.hits / stats.calls
         return images, {"computed": round(share * stats.steps), "steps": stats.steps, **more}
+
+    def peer(self, setting: Setting, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """One sampling with the other library, in its environment."""
+        path = self.out / f"peer_{self.bed.name}.npy"
+        command = [
+            peers_python(),
+            FOLDER / "peer_sampling.py",
+            self.bed.name,
+            json.dumps(asdict(setting)),
+            json.dumps(options),
+            path,
+        ]
+        printed = subprocess.run(list(map(str, command)), env=_environment(), check=True, capture_output=True, text=True).stdout
+        images = torch.from_numpy(np.load(path))
+        path.unlink()
+        return images, json.loads(printed.splitlines()[-1])
+
+    def shipped(self, setting: Setting) -> tuple[Tensor, dict[str, Any]]:
+        """The other library with its own defaults, and beside it the default rule at as many block calls."""
+        images, found = self.peer(setting, BY_NAME[SHIPPED].options(setting, 0))
+        # each step calls the front block, a computed one the others too
+        count = round((found["work"] * found["blocks"] - 1) * setting.steps / (found["blocks"] - 1))
+        ours, of_ours = self.cached(BY_NAME["adaptive"], setting, count, {})
+        work = (of_ours["computed"] * (found["blocks"] - 1) + setting.steps) / (found["blocks"] * setting.steps)
+        of_ours = {**of_ours, "work": work, "psnr": judge_psnr(ours, self.reference(setting))}
+        return images, {**found, "at_equal_work": of_ours}
 
     def search(self, rule: Rule, setting: Setting, count: int) -> tuple[Tensor, dict[str, Any]]:
         """Halve the threshold's range (in its logarithm) until as many steps compute as wanted, or as nearly as it gets."""

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -27,11 +27,15 @@ from cache_dit.strategies import build_strategy
 
 Options = dict[str, Any]
 
+SHIPPED = "dbcache_shipped"
+"""The peer with its own defaults, whatever number of steps that computes."""
+
 
 @dataclass(frozen=True)
 class Rule:
     """One rule. `options` gives what `enable_cache` gets for a number of computed steps; `threshold` names the option
-    that is searched for where a rule cannot be told the number."""
+    that is searched for where a rule cannot be told the number. A `peer` is the other library: its own options, run in
+    its own environment."""
 
     name: str
     title: str
@@ -39,7 +43,7 @@ class Rule:
     threshold: str | None = None
     group: str = "published"
     fewer_steps: bool = False
-    needs: tuple[str, ...] = field(default=())
+    peer: bool = False
 
 
 def computed_steps(steps: int, ratio: float) -> int:
@@ -84,7 +88,16 @@ def _target(**options: Any) -> Callable[[Setting, int], Options]:
     return build
 
 
+def _dbcache(**options: Any) -> Callable[[Setting, int], Options]:
+    def build(setting: Setting, count: int) -> Options:
+        return {"taylorseer_order": 1, **options}
+
+    return build
+
+
 LINE: Options = {"forecast": "lagrange"}
+# one block in front and one computed step first, as all rules here have it
+LIKE_OURS: Options = {"Fn_compute_blocks": 1, "max_warmup_steps": 1}
 
 RULES: tuple[Rule, ...] = (
     Rule("reuse", "reuse, every n-th", _every(forecast="reuse")),
@@ -96,6 +109,8 @@ RULES: tuple[Rule, ...] = (
     Rule("first_block_taylor", "first-block threshold, Taylor 1", _strategy("first_block", forecast="taylor"), "tolerance"),
     Rule("teacache", "TeaCache without polynomial, reuse", _strategy("teacache", forecast="reuse"), "tolerance"),
     Rule("teacache_taylor", "TeaCache without polynomial, Taylor 1", _strategy("teacache", forecast="taylor"), "tolerance"),
+    Rule("dbcache", "DBCache with TaylorSeer 1", _dbcache(**LIKE_OURS), "residual_diff_threshold", "peer", peer=True),
+    Rule(SHIPPED, "DBCache with TaylorSeer 1, as it ships", _dbcache(), group="peer", peer=True),
     Rule("line", "line in sigma, every n-th", _every(**LINE), group="parts"),
     Rule("sigma_reuse", "reuse, sigma-spaced", _in_sigma(forecast="reuse"), group="parts"),
     Rule("sigma_line", "line in sigma, sigma-spaced", _in_sigma(**LINE), group="parts"),
@@ -126,7 +141,7 @@ def digest(name: str) -> str:
     """
     rule = BY_NAME[name]
     given = {**rule.options(Setting(), 9), **({rule.threshold: 0.1} if rule.threshold else {})}
-    if rule.fewer_steps:
+    if rule.fewer_steps or rule.peer:
         modules = {sampling}
     else:
         options = resolve_options(given)

@@ -1,4 +1,7 @@
-"""Sampling as users do it: noise levels, solvers, guidance. Every solver but the plainest is diffusers' own."""
+"""Sampling as users do it: noise levels, solvers, guidance. Every solver but the plainest is diffusers' own.
+
+The cache is imported where it is told something: in the environment of the peers its name is another library's.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from typing import Any
 import torch
 from beds import Bed
 from torch import Tensor
-
-import cache_dit
 
 NULL_LABEL = 10
 
@@ -89,12 +90,18 @@ class Sampler:
 
     def context(self, model: torch.nn.Module, name: str) -> Any:
         """Name one of the two prompts, where there is a cache to tell."""
-        return cache_dit.context(model, name) if self.cached else nullcontext()
+        if not self.cached:
+            return nullcontext()
+        import cache_dit
+
+        return cache_dit.context(model, name)
 
     def announce(self, model: torch.nn.Module, sigmas: list[float], evaluations: int | None = None) -> None:
         """Tell the cache what an integration would tell it."""
         if not self.cached:
             return
+        import cache_dit
+
         if not self.setting.known:
             cache_dit.new_run(model)
             return

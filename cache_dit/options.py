@@ -88,8 +88,8 @@ class CacheOptions:
         return self.correction is True or (self.correction == "auto" and self.strategy == "adaptive" and self.schedule is None)
 
     def history(self) -> int:
-        """Residuals kept: as many as the forecast needs, and two at least to interpolate between where steps are corrected."""
-        return max(1 if self.forecast == "reuse" else self.order + 1, 2 if self.may_correct() else 1)
+        """Residuals kept: as many as the forecast needs, and three at least to interpolate by where steps are corrected."""
+        return max(1 if self.forecast == "reuse" else self.order + 1, 3 if self.may_correct() else 1)
 
     def program(self) -> ProgramOptions:
         """Return the part of the options that changes the compiled program."""
@@ -123,7 +123,7 @@ class ProgramOptions:
     residual_device: str | None
     region: str | tuple[str, str] | None
     history: int
-    """Residuals kept: 1 to reuse the last one, else the order of the forecast + 1."""
+    """Residuals kept for each live-out: see `CacheOptions.history`."""
     noise: bool
     front_clock: bool
     """Whether the program measures the change of the front's output for the adaptive strategy."""

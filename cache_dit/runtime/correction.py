@@ -141,10 +141,10 @@ def correct(
     error = _relative_error(measured, history, weights_used)
     state: torch.Tensor | None = None
     before = past.before_skipped
-    line = forecast("lagrange")
+    degree, through = _degree(stored), forecast("lagrange")
     for each in pending:
         step = steps[each.index]
-        weights = line.weights(stored, each.point, 1)
+        weights = through.weights(stored, each.point, degree)
         better = rerun(each.args, weights, each.noise)[place]
         change = _bounded(_wide(better) - _wide(each.output), each.output, error)
         deviation = step.q * change if state is None else step.p * state + step.q * change
@@ -157,6 +157,17 @@ def correct(
     past.skipped = []
     output, past.deviation = _settled(output, steps[index], state, before)
     return output
+
+
+def _degree(stored: Sequence[Point]) -> int:
+    """Of the polynomial that residuals are interpolated by: 2 through three of them, but for a third that lies less than half
+    as far behind the second as the newest lies ahead of it: there the parabola swings out, and a line serves better."""
+    if len(stored) < 3:
+        return 1
+    newest, second, third = [point.time for point in stored[:3]]
+    if newest is None or second is None or third is None:
+        newest, second, third = [float(point.step) for point in stored[:3]]
+    return 2 if abs(second - third) >= 0.5 * abs(newest - second) else 1
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from .front_clock import OWN_MAX_CONSECUTIVE_HITS, OWN_WARMUP_STEPS, ClockStrate
 from .part_of_run import PartOfRun, WithinPart
 from .placement import PlacementRules
 from .schedule import Schedule
-from .sigma import sigma_spaced
+from .sigma import SigmaSpaced
 from .teacache import TeaCache
 
 __all__ = ["RULES", "STRATEGIES", "Decision", "Reason", "StepView", "Strategy", "StrategyOptions", "build_strategy"]
@@ -112,7 +112,7 @@ RULES: dict[str, Callable[[StrategyOptions], Strategy]] = {
     "front_clock": _by_threshold(ClockStrategy),
     "teacache": _by_threshold(TeaCache),
     "first_block": _by_threshold(FirstBlock),
-    "sigma": lambda options: sigma_spaced(options.target_speedup or 2.0),
+    "sigma": lambda options: SigmaSpaced(options.target_speedup or 2.0),
 }
 
 

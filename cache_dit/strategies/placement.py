@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
+from .least_error import least_error
 from .part_of_run import PartOfRun
 
 
@@ -20,29 +22,19 @@ class PlacementRules:
     warmup_steps: int
     """Steps at the start that compute."""
     skip_interval: int | None
-    """How often a step may be skipped before the second computed one; None: as `own_interval` has it."""
+    """How often a step may be skipped before the second computed one; None: whatever the placement makes of it."""
     max_consecutive_hits: int | None
     """Longest gap between computed steps, in skipped ones; None: no bound."""
     part: PartOfRun
     """Steps outside it compute."""
-    sigma_share: float = 0.75
-    """What the distance between computed steps is made of: this much of it sigma, the rest steps."""
     clock: tuple[float, ...] | None = None
-    """In runs of its length the distance instead: how far the run has come before each step and at its end, from 0 to 1."""
+    """How far the residual has come before each step and at the end, from 0 to 1, in runs of its length; None: as
+    `progress` has it."""
 
 
 def computed_count(num_steps: int, target_speedup: float) -> int:
     """How many steps are to compute: num_steps / target_speedup, rounded (a half down), at least 1."""
     return min(num_steps, max(1, math.ceil(num_steps / target_speedup - 0.5)))
-
-
-EARLY_SECOND = 8
-"""Computed steps of a run from which on the second one comes early, at step 3; fewer cannot spare one for the start."""
-
-
-def own_interval(wanted: int) -> int:
-    """The interval before the second computed step where none is given: 2, or none (1) where few steps compute."""
-    return 2 if wanted >= EARLY_SECOND else 1
 
 
 def first_steps(warmup_steps: int, skip_interval: int) -> list[int]:
@@ -63,45 +55,28 @@ def _fewest(steps: int, longest: int | None) -> int:
     return 0 if longest is None else max(0, math.ceil(steps / (longest + 1)) - 1)
 
 
-def _nearest(levels: Sequence[float], wanted: float, low: int, high: int) -> int:
-    """The index from `low` to `high` whose level is nearest to `wanted`, the first of equals."""
-    return min(range(low, high + 1), key=lambda index: abs(levels[index] - wanted))
+SIGMA_SHARE = 0.5
+"""What time is made of as residuals go: this much of it the noise level, the rest steps."""
 
 
-def spread(levels: Sequence[float], after: int, before: int, count: int, max_gap: int | None) -> list[int]:
-    """`count` increasing indices strictly between `after` and `before`, nearest to levels spaced evenly between theirs.
+def noise_levels(num_steps: int, sigmas: Sequence[float] | None) -> list[float]:
+    """How much of the run's noise is left before each step and at its end, from 1 to 0.
 
-    Each is the nearest that leaves room for those to come and no gap longer than `max_gap`, which `count` must allow.
-    The levels need not be monotone; of equally near ones the first is taken.
+    Where no list of num_steps + 1 sigmas is given, or it ends where it began, as if it fell evenly. Sigmas above 1 are those
+    of x = x₀ + σ ε and count as σ / (1 + σ), the share of noise. What lies beyond the ends of the list counts as they do.
     """
-    placed: list[int] = []
-    previous = after
-    for k in range(1, count + 1):
-        wanted = levels[after] + (levels[before] - levels[after]) * k / (count + 1)
-        low, high = previous + 1, before - (count - k) - 1
-        if max_gap is not None:
-            low = max(low, before - (count - k + 1) * (max_gap + 1))
-            high = min(high, previous + 1 + max_gap)
-        previous = _nearest(levels, wanted, low, high)
-        placed.append(previous)
-    return placed
-
-
-def progress(num_steps: int, sigmas: Sequence[float] | None, sigma_share: float) -> list[float]:
-    """How far a run has come before each of its steps and at its end, from 0 to 1: a mean of its way in sigma and in steps.
-
-    Where no list of num_steps + 1 sigmas is given, or it ends where it began, steps alone. Sigmas above 1 are those of
-    x = x₀ + σ ε and count as σ / (1 + σ), the share of noise.
-    """
-    steps = [index / num_steps for index in range(num_steps + 1)]
     if sigmas is None or len(sigmas) != num_steps + 1 or sigmas[0] == sigmas[-1]:
-        return steps
+        return [1.0 - index / num_steps for index in range(num_steps + 1)]
     levels = [sigma / (1.0 + sigma) for sigma in sigmas] if max(sigmas) > 1.0 and min(sigmas) >= 0.0 else list(sigmas)
-    whole = levels[-1] - levels[0]
-    return [
-        sigma_share * (level - levels[0]) / whole + (1.0 - sigma_share) * step
-        for level, step in zip(levels, steps, strict=True)
-    ]
+    whole = levels[0] - levels[-1]
+    return [min(1.0, max(0.0, (level - levels[-1]) / whole)) for level in levels]
+
+
+def progress(levels: Sequence[float]) -> list[float]:
+    """How far a run with these `noise_levels` has come before each of its steps and at its end, from 0 to 1, never back."""
+    steps = len(levels) - 1
+    way = [0.0, *accumulate(abs(after - before) for before, after in pairwise(levels))]
+    return [SIGMA_SHARE * passed / way[-1] + (1.0 - SIGMA_SHARE) * index / steps for index, passed in enumerate(way)]
 
 
 def turns_back(sigmas: Sequence[float], step: int) -> bool:
@@ -117,17 +92,16 @@ def turns_back(sigmas: Sequence[float], step: int) -> bool:
 def place_steps(rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...] | None) -> frozenset[int]:
     """The steps, from 1, of a run of `num_steps` that compute.
 
-    `computed_count` of them: those that must (the first ones, those outside the part), the rest at the indices nearest
-    to even distances of `progress`. There are more of them where the rules ask for it: to keep the longest gap, and
-    where a long warm-up has used the budget up; what follows is then never thinner than half the target's density.
+    `computed_count` of them: those that must (the first ones, those outside the part), the rest where `least_error` puts
+    them. There are more of them where the rules ask for it: to keep the longest gap, and where a long warm-up has used the
+    budget up; what follows is then never thinner than half the target's density.
     """
     wanted = computed_count(num_steps, rules.target_speedup)
     if wanted == num_steps:
         return frozenset(range(1, num_steps + 1))
-    levels: Sequence[float] = progress(num_steps, sigmas, rules.sigma_share)
-    if rules.clock is not None and len(rules.clock) == num_steps + 1:
-        levels = rules.clock
-    interval = own_interval(wanted) if rules.skip_interval is None else rules.skip_interval
+    levels = noise_levels(num_steps, sigmas)
+    time = rules.clock if rules.clock is not None and len(rules.clock) == num_steps + 1 else progress(levels)
+    interval = 1 if rules.skip_interval is None else rules.skip_interval
     start = first_steps(max(rules.warmup_steps, rules.part.first(num_steps) - 1), interval)
     end = range(max(1, rules.part.last(num_steps) + 1), num_steps + 1)
     must = {step for step in (*start, *end) if step <= num_steps}
@@ -140,5 +114,7 @@ def place_steps(rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...]
         int(free / (2.0 * rules.target_speedup)),
         _fewest(before - after, rules.max_consecutive_hits),
     )
-    placed = spread(levels, after, before, min(count, free), rules.max_consecutive_hits)
-    return frozenset(must | {index + 1 for index in placed})
+    count = max(0, min(count, free))
+    span = slice(after, before + 1)
+    placed = least_error(time[span], levels[span], count, rules.max_consecutive_hits, ends=before < num_steps) if free else []
+    return frozenset(must | {after + index + 1 for index in placed})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .decision import Decision, StepView
-from .part_of_run import PartOfRun
-from .placement import PlacementRules, place_steps
+from .placement import computed_count, noise_levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,22 +18,30 @@ class SigmaSpaced:
     Source: this project's quality bench; every n-th step of FORA (arXiv 2407.01425, 2024) carried from steps to sigma.
     """
 
-    rules: PlacementRules
+    target_speedup: float
 
     def decide(self, view: StepView) -> Decision:
         steps = view.run_length()
         if steps is None or view.step > steps:
             return Decision(False, "placement")
-        placed = place_steps(self.rules, steps, None if view.sigmas is None else tuple(view.sigmas))
-        return Decision(view.step not in placed, "placement")
+        levels = noise_levels(steps, view.sigmas)
+        return Decision(view.step - 1 not in evenly_spaced(levels, computed_count(steps, self.target_speedup)), "placement")
 
     def never_skips(self) -> bool:
-        return self.rules.target_speedup <= 1.0
+        return self.target_speedup <= 1.0
 
     def notes(self) -> list[str]:
         return []
 
 
-def sigma_spaced(target_speedup: float) -> SigmaSpaced:
-    """The rule for a number of computed steps: no warm-up, no bound, the whole run."""
-    return SigmaSpaced(PlacementRules(target_speedup, 0, 1, None, PartOfRun(0.0, 1.0), sigma_share=1.0))
+def evenly_spaced(levels: Sequence[float], count: int) -> list[int]:
+    """`count` indices from 0 on, each nearest to its level of `count` that are evenly spaced from the first to the last.
+
+    Each leaves room for those to come, and of equally near ones the first is taken.
+    """
+    placed = [0]
+    for k in range(1, count):
+        wanted = levels[0] + (levels[-1] - levels[0]) * k / count
+        room = range(placed[-1] + 1, len(levels) - (count - k))
+        placed.append(min(room, key=lambda index: abs(levels[index] - wanted)))
+    return placed

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import cache_dit
+from cache_dit.forecasts import Point
 from cache_dit.messages import CacheDitWarning
 from cache_dit.runtime import correction
 from cache_dit.runtime.solvers import SolverStep, solver_steps
@@ -76,11 +77,18 @@ def corrected_by_hand(order: int, solver: str) -> Tensor:
     advance = step_of(solver)
     stored: list[tuple[float, Tensor]] = []
 
-    def line(points: Sequence[tuple[float, Tensor]], at: float) -> Tensor:
-        if len(points) == 1:
-            return points[0][1]
-        (s1, r1), (s0, r0) = points[:2]
-        return r1 + (at - s1) / (s0 - s1) * (r0 - r1)
+    def through(points: Sequence[tuple[float, Tensor]], at: float) -> Tensor:
+        """Newton's form of the polynomial through all of these points."""
+        (s0, r0), *others = points
+        if not others:
+            return r0
+        slopes = [(s, (r - r0) / (s - s0)) for s, r in others]
+        return r0 + (at - s0) * through(slopes, at)
+
+    def between(points: Sequence[tuple[float, Tensor]], at: float) -> Tensor:
+        """A parabola, or a line where the third point lies close behind the second."""
+        close = len(points) > 2 and points[2][0] - points[1][0] < 0.5 * (points[1][0] - points[0][0])
+        return through(points[: 2 if close else 3], at)
 
     def asked(x: Tensor, sigma: float, residual: Tensor | None) -> Tensor:
         eager.skip = residual is not None
@@ -99,7 +107,7 @@ def corrected_by_hand(order: int, solver: str) -> Tensor:
                 if not since:
                     anchor = (x, before)
                 since.append((i, x))
-                out = asked(x, sigma, line(stored[: order + 1], sigma))
+                out = asked(x, sigma, through(stored[: order + 1], sigma))
             else:
                 out = asked(x, sigma, None)
                 residual = eager.residuals[0][0]
@@ -109,7 +117,7 @@ def corrected_by_hand(order: int, solver: str) -> Tensor:
                     # the way from before the skipped steps up to here once more, with better outputs
                     state, last = anchor
                     for m, seen in since:
-                        better = asked(seen, SIGMAS[m], line(stored[:2], SIGMAS[m]))
+                        better = asked(seen, SIGMAS[m], between(stored, SIGMAS[m]))
                         state, last = advance(m, state, better, last)
                     x, before = state, last
                     since = []
@@ -130,6 +138,22 @@ def test_the_state_is_put_right_by_way_of_the_output(
     torch.testing.assert_close(by_output, by_state, rtol=1e-10, atol=1e-12)
     uncorrected, _ = sampled(cache_dit.enable_cache(tiny(), **{**OPTIONS, "forecast": forecast, "correction": False}), solver)
     assert float((uncorrected - by_state).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(("steps", "times", "degree"), [
+    ((5, 3), (0.4, 0.6), 1),
+    ((5, 3, 1), (0.4, 0.6, 0.8), 2),
+    ((5, 3, 2), (0.4, 0.6, 0.7), 2),
+    ((5, 3, 2), (0.4, 0.6, 0.69), 1),
+    # where a time is not known, steps count
+    ((7, 3, 1), (0.4, None, 0.61), 2),
+    ((8, 3, 1), (0.4, None, 0.9), 1),
+])  # fmt: skip
+def test_a_third_residual_close_behind_the_second_is_left_out(
+    steps: tuple[int, ...], times: tuple[float | None, ...], degree: int
+) -> None:
+    stored = [Point(step, time) for step, time in zip(steps, times, strict=True)]
+    assert correction._degree(stored) == degree
 
 
 def test_what_the_caller_does_to_inputs_and_outputs_does_not_matter() -> None:
