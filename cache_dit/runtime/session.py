@@ -29,7 +29,7 @@ from .observers import CallRecord, Observer, RunSource
 from .operands import CacheOperands
 from .program import Cacheable, UncachedGraph
 from .ranks import Ranks, find_members, measures
-from .signs import MAX_FORMER, Signs, Steady
+from .signs import MAX_FORMER, Signs, Steady, current_caller
 from .timing import CallTimer
 from .tracing import Capture, Tracing
 
@@ -113,6 +113,8 @@ class Session:
         # whether what calls the model stands in its compile slot, which others may take
         self.in_slot = True
         self._forward: Forward | None = None
+        # whether the last call met weights that were not those of the call before, as a run's first one does
+        self.began_anew = False
         # by run, since the runs of named contexts may overlap: of each step the decision and the hits in a row up to it
         self._decisions: dict[int, dict[int, tuple[Decision, int]]] = {}
         # what the unnamed contexts of former runs were called with throughout
@@ -141,10 +143,13 @@ class Session:
 
     def begin(self) -> None:
         """A call of the model begins."""
-        self._touched.clear()
-        self._forward = Forward(context_names.get().get(id(self)) or self.named_context)
-        if self._forward.name is None and self.runs is not None:
-            self._forward.name = self.runs.context()
+        if self._touched:
+            self._touched.clear()
+        self.began_anew = False
+        name = context_names.get().get(id(self)) or self.named_context
+        if name is None and self.runs is not None:
+            name = self.runs.context()
+        self._forward = Forward(name)
         if self.counters.timed or self.options.debug:
             self.timer.start()
 
@@ -178,6 +183,7 @@ class Session:
             else:
                 self.timer.discard()
         if forward.tick is None:
+            self.began_anew = True
             self._count_uncached_step(forward)
             self._said_why_uncached(forward)
             return
@@ -372,12 +378,14 @@ class Session:
 
     def _enter(self, graph: Cacheable) -> Forward:
         forward = self._forward
-        if not self.owns_calls and (forward is None or graph.frame in forward.frames):
-            self.begin()
-            forward = self._forward
+        if not self.owns_calls:
+            if forward is None or graph.frame in forward.frames:
+                self.begin()
+                forward = self._forward
+            if forward is not None:
+                forward.frames.add(graph.frame)
         if forward is None:
             raise AssertionError("a graph ran outside of a call of its model")
-        forward.frames.add(graph.frame)
         return forward
 
     def _leave_graph(self, forward: Forward) -> None:
@@ -395,7 +403,9 @@ class Session:
         if self.runs is not None:
             self._ask_runs(self.runs)
         tick = self.clock.tick(forward.time, forward.name)
-        if isinstance(tick.context, int) and not tick.fresh and self._is_of_another(tick.context, graph.given(args)):
+        unnamed = isinstance(tick.context, int)
+        caller, given = (current_caller(), graph.given(args)) if unnamed else (None, ())
+        if unnamed and not tick.fresh and self._is_of_another(tick.context, caller, given):
             tick = self.clock.begin_anew(forward.time)
         forward.tick = tick
         if tick.broke:
@@ -406,22 +416,24 @@ class Session:
             context.run = tick.run
             if tick.context == 1 and tick.broke:
                 self._drop_other_contexts()
-        if isinstance(tick.context, int):
-            context.signs.note(tick.step, graph.given(args))
+        if unnamed:
+            context.signs.note(tick.step, caller, given)
         return context
 
-    def _is_of_another(self, key: int, given: Sequence[torch.Tensor]) -> bool:
+    def _is_of_another(self, key: ContextKey, caller: object, given: Sequence[torch.Tensor]) -> bool:
         """Whether an unnamed call that keeps to the pattern shows signs of another generation all the same."""
         context = self.contexts.get(key)
         if context is None:
             return False
-        if context.signs.has_other_caller():
+        signs = context.signs
+        if signs.has_other_caller(caller):
             self.said.warn("several_callers")
             return True
-        signs = context.signs
         same = signs.same(given)
-        if signs.differ(same) or signs.are_of(self._former, given, same):
+        if signs.differ(same) or (self._former and signs.are_of(self._former, given, same)):
             return True
+        if len(self.contexts) == 1:
+            return False
         others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
         return signs.belong_to(others, given, same)
 
@@ -463,6 +475,7 @@ class Session:
             why = "first_call" if not context.stores else "shape_changed"
             context.stores.pop(key, None)
             self._release_stale(context, step)
+            self.began_anew = True
             return self._allocate(context, key, graph, dynamic, weights), why
         why = "unused"
         if store.points and store.last_step != step - 1:
@@ -472,6 +485,7 @@ class Session:
             if store.points:
                 why = "weights_changed"
             store.forget()
+            self.began_anew = True
             store.weights = type(store.weights)(weights)
         return store, why
 
