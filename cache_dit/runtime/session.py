@@ -22,7 +22,7 @@ from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
 from . import measurements
-from .buffers import ControlMark, Dynamic, ResidualStore, allocate
+from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .corrector import Corrector
 from .observers import CallRecord, Observer, RunSource
@@ -37,6 +37,8 @@ from .tracing import Capture, Tracing
 AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
 # Runs of up to so many steps are those of models that were made for few: much changes from one step to the next.
 FEW_STEPS = 5
+# Measured steps of which nothing but the statistics needs the errors, worked out together.
+MAX_UNREAD = 256
 # Contexts kept: a server may name each request.
 MAX_CONTEXTS = 64
 COMPUTE_FIRST = Decision(False, "first_call")
@@ -113,6 +115,9 @@ class Session:
         # whether what calls the model stands in its compile slot, which others may take
         self.in_slot = True
         self._forward: Forward | None = None
+        # whether what is done at a step depends on how far forecasts were off at earlier ones; else that waits to be worked out
+        self._heeds_errors = measures(options)
+        self._unread: list[tuple[Measurement, list[list[float]], int]] = []
         # whether the last call met weights that were not those of the call before, as a run's first one does
         self.began_anew = False
         # by run, since the runs of named contexts may overlap: of each step the decision and the hits in a row up to it
@@ -674,13 +679,29 @@ class Session:
             store.drop_newest(pending.replaced)
             self.said.warn("nonfinite")
             return
-        if pending.before:
-            names = AUTO_CANDIDATES if self.options.forecast == "auto" else (self.options.forecast,)
-            store.errors = measurements.forecast_errors(pending, parts, history, names, self.options.order)
+        if not pending.before:
+            return
+        if self._heeds_errors or self.observer is not None or self.options.debug:
+            self._read_errors()
+            store.errors = self._errors_of(pending, parts, history)
             error = store.errors[self._forecast_name(store)]
             self.counters.record_forecast_error(error)
             if self.observer is not None:
                 self.observer.measured(pending.target.step, error)
+            return
+        self._unread.append((pending, parts, history))
+        if len(self._unread) >= MAX_UNREAD:
+            self._read_errors()
+
+    def _errors_of(self, pending: Measurement, parts: Sequence[Sequence[float]], history: int) -> dict[str, float]:
+        names = AUTO_CANDIDATES if self.options.forecast == "auto" else (self.options.forecast,)
+        return measurements.forecast_errors(pending, parts, history, names, self.options.order)
+
+    def _read_errors(self) -> None:
+        """Count the errors of forecasts that nothing but the statistics asks for."""
+        for measured in self._unread:
+            self.counters.record_forecast_error(self._errors_of(*measured)[self.options.forecast])
+        self._unread.clear()
 
     def _cache_operands(
         self, graph: Cacheable, store: ResidualStore, point: Point, tick: Tick, skip: bool
@@ -706,6 +727,7 @@ class Session:
         """Set every statistic to zero."""
         self.timer.reset()
         self.counters.reset()
+        self._unread.clear()
         self._compiles_seen = 0
 
     def statistics(self) -> CacheStats:
@@ -716,6 +738,7 @@ class Session:
             try:
                 for context in self.contexts.values():
                     self._read_all(context)
+                self._read_errors()
             finally:
                 self.lock.release()
         return stats_from(
