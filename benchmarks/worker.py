@@ -1,6 +1,7 @@
 """One model in one process, ready to be asked for steps: lines of JSON in, lines of JSON out.
 
-The first line that it writes tells how long its first calls took (which compile) and how far its results are from the eager
+The first line that it writes tells how long its first calls took (which compile; getting ready counts as part of the first,
+since some variants import the compiler then and others in it) and how far its results are from the eager
 model's; after that ``{"step": 30}`` runs a step and answers with its seconds, ``{"facts": true}`` tells what was compiled and
 cached. Processes of different environments can so be asked in turns.
 """
@@ -45,8 +46,10 @@ def _answers(options: Options, arguments: argparse.Namespace) -> Any:
     wanted = [_tensor(measured.model(**_moved(measured.inputs(step), options))).double() for step in steps]
     torch._dynamo.utils.counters.clear()
     try:
+        start = time.perf_counter()
         prepared = VARIANTS[arguments.variant].prepare(measured, options)
         prepared.begin()
+        ready = time.perf_counter() - start
         if arguments.dynamic and measured.grown:  # a second size makes the sizes dynamic
             _call(prepared, _moved(measured.grown(0), options), options)
             prepared.begin()
@@ -56,7 +59,8 @@ def _answers(options: Options, arguments: argparse.Namespace) -> Any:
         yield {"failed": f"{type(error).__name__}: {told[0][:300]}"}
         return
     errors = [_error(out, right) for (_, out), right in zip(calls, wanted, strict=True)]
-    yield {"first_calls": [seconds for seconds, _ in calls[:COMPILING]], "errors": errors}
+    first = [seconds for seconds, _ in calls[:COMPILING]]
+    yield {"first_calls": [ready + first[0], *first[1:]], "errors": errors}
     begun = COMPARED
     for line in sys.stdin:
         asked = json.loads(line)

@@ -29,6 +29,7 @@ from .torch_internals import (
     check_internals,
     collective_groups,
     copy_dynamo_graph,
+    forward_of,
     frame_id,
     inner_compiler,
     is_tracer_signal,
@@ -61,10 +62,13 @@ def cache_dit_backend(
 
 
 class OwnedBackend:
-    """The backend of models enabled by `enable_cache`: one object for equal programs, so that models share code."""
+    """The backend of models enabled by `enable_cache`: one object for equal programs, so that models share code.
 
-    def __init__(self, program: ProgramOptions, mode: str | None, capture: bool) -> None:
-        self.program, self.mode, self.capture = program, mode, capture
+    What is compiled with guards on hooks and what is compiled without share none.
+    """
+
+    def __init__(self, program: ProgramOptions, mode: str | None, capture: bool, hooks: bool) -> None:
+        self.program, self.mode, self.capture, self.hooks = program, mode, capture, hooks
         self.__name__ = "cache_dit"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -75,9 +79,11 @@ class OwnedBackend:
 
 
 @functools.lru_cache(maxsize=256)
-def owned_backend(program: ProgramOptions, mode: str | None = None, capture: bool = False) -> OwnedBackend:
+def owned_backend(
+    program: ProgramOptions, mode: str | None = None, capture: bool = False, hooks: bool = False
+) -> OwnedBackend:
     """The one backend object for these options and this way of tracing: Dynamo compiles anew for each object."""
-    return OwnedBackend(program, mode, capture)
+    return OwnedBackend(program, mode, capture, hooks)
 
 
 class _OwnedCalls:
@@ -169,7 +175,7 @@ def compile_graph(
     else:
         report.region = describe_region(rewritten.region, rewritten.inputs)
         programs = _lowered(rewritten.graph, examples, program, compile_inner, report, language)
-        plain = _plain(copy_dynamo_graph(gm), program, compile_inner)
+        plain = _plain(gm, program, compile_inner)
         runnable = CachedGraph(
             calls.find, programs, plain, rewritten.inputs, gm, report, frame_id(gm), rewritten.controls
         )
@@ -286,10 +292,16 @@ def _lowered(
 
 def _plain(gm: fx.GraphModule, program: ProgramOptions, compile_inner: FallbackCompiler) -> Callable[..., Any]:
     """The graph as it was traced, for calls that must not use the cache; compiled when the first of them comes."""
-    if program.inner == "eager":
-        run: Callable[..., Any] = gm.forward
-        return run
-    return torch.compile(gm, backend=compile_inner, dynamic=True)
+    found: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not found:
+            graph = copy_dynamo_graph(gm)
+            eager = program.inner == "eager"
+            found.append(forward_of(graph) if eager else torch.compile(graph, backend=compile_inner, dynamic=True))
+        return found[0](*args)
+
+    return run
 
 
 def _announce_start(report: GraphReport, language: str | None) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
 
 from .errors import CacheDitError
 from .texts import text
@@ -43,7 +45,7 @@ TESTED_VERSIONS = ("2.11", "2.13")
 # module: what of it is used. The error names those that are gone.
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "torch._C": ("_get_tracing_state", "_len_torch_dispatch_stack"),
-    "torch._C._dynamo.eval_frame": ("reset_code",),
+    "torch._C._dynamo.eval_frame": ("get_eval_frame_callback", "reset_code"),
     "torch._C._functorch": ("get_unwrapped", "is_functorch_wrapped_tensor", "peek_interpreter_stack"),
     "torch._dynamo.backends.registry": ("_BACKENDS", "lookup_backend"),
     "torch._dynamo.config": (
@@ -58,6 +60,7 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "torch._ops": ("HigherOrderOperator", "OpOverload"),
     "torch._subclasses": ("FakeTensor", "FakeTensorMode"),
     "torch.utils._python_dispatch": ("is_traceable_wrapper_subclass",),
+    "torch.utils.hooks.RemovableHandle": ("next_id",),
     "torch.nn.Module": ("_call_impl", "_compiled_call_impl", "_wrapped_call_impl"),
     "torch.Tensor": ("_version",),
     "torch.ops.higher_order": ("cond",),
@@ -182,9 +185,18 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
         if hasattr(node, "_dynamo_source"):
             copy._dynamo_source = node._dynamo_source
     graph.output(output)
-    copied = fx.GraphModule(gm, graph)
+    copied = graph_module_like(gm, gm, graph)
     keep_dynamo_attributes(gm, copied)
     return copied
+
+
+def graph_module_like(
+    gm: fx.GraphModule, root: torch.nn.Module | dict[str, Any], graph: fx.Graph
+) -> fx.GraphModule:
+    """A graph module of the same kind: Dynamo's make their code when it is first read, and compilers read the graph alone."""
+    # each has a class of its own, below that of its kind
+    kind: type[fx.GraphModule] = next(each for each in type(gm).__mro__ if not each.__qualname__.endswith("GraphModuleImpl"))
+    return kind(root, graph)
 
 
 def fill_examples(gm: fx.GraphModule) -> None:
@@ -337,7 +349,7 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     if inner == "inductor":
         return _inductor(mode, options)
     if inner == "eager":
-        return lambda gm, examples: gm.forward
+        return lambda gm, examples: forward_of(gm)
     from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.exc import InvalidBackend
 
@@ -348,21 +360,44 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     return lambda gm, examples: compiler(gm, examples, **({"options": options} if options else {}))
 
 
-def traced_with(compiled: Callable[..., Any], *, more: bool = False) -> Callable[..., Any]:
+def forward_of(gm: fx.GraphModule) -> Callable[..., Any]:
+    """What runs a graph module, its code made: a lazy one's ``forward`` would look for it at every call."""
+    if not gm.code:
+        raise AssertionError("a graph without code")
+    run: Callable[..., Any] = gm.forward
+    return run
+
+
+def hooks_planted() -> int:
+    """Counts the hooks that were ever planted on any module or tensor of this process."""
+    return RemovableHandle.next_id
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a hook is planted on a module or on one inside of it."""
+    return any(
+        each._forward_hooks or each._forward_pre_hooks or each._backward_hooks or each._backward_pre_hooks
+        for each in module.modules()
+    )
+
+
+def traced_with(compiled: Callable[..., Any], *, more: bool = False, hooks: bool = True) -> Callable[..., Any]:
     """A compiled function whose compilations go by some of Dynamo's flags, set during the calls alone.
 
-    A hook that is planted on one of the model's modules later is heard: Dynamo leaves its guards on them out by default.
-    ``more``: trace through host reads of tensors and data-dependent sizes. That is no safe default: some models compile
-    without it only.
+    ``hooks``: one that is planted on one of the model's modules later is heard. Dynamo leaves its guards on them out by
+    default, which are several for each module. ``more``: trace through host reads of tensors and data-dependent sizes.
+    That is no safe default: some models compile without it only.
     """
     from torch._dynamo import config
 
-    flags: dict[str, Any] = {"skip_nnmodule_hook_guards": False}
+    flags: dict[str, Any] = {"skip_nnmodule_hook_guards": False} if hooks else {}
     if more:
         flags.update(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
     if not compile_limits():
         # torch 2.11: ``torch.compile`` does not take it
         flags["recompile_limit"] = RECOMPILE_LIMIT
+    if not flags:
+        return compiled
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # not by `config.patch`: each of those leaves a context variable behind that is never freed (2.13)
@@ -378,10 +413,15 @@ def traced_with(compiled: Callable[..., Any], *, more: bool = False) -> Callable
     return call
 
 
-def transform_under_way(values: Iterable[object]) -> str | None:
+def frames_are_compiled() -> bool:
+    """Whether Dynamo looks at the frames that are called now: a compiled function around runs outside of its graphs."""
+    return get_eval_frame_callback() is not None
+
+
+def transform_under_way(args: Sequence[object], kwargs: Mapping[str, object]) -> str | None:
     """What torch does with the calls of a moment instead of computing them: tracing, transforming, sizes without data.
 
-    ``values`` are the arguments of the call. None where it computes as ever.
+    Takes the arguments of the call. None where it computes as ever.
     """
     if torch.compiler.is_exporting():
         return "torch.export"
@@ -392,12 +432,20 @@ def transform_under_way(values: Iterable[object]) -> str | None:
     if torch._C._len_torch_dispatch_stack() > 0:
         # those that only look on, too: Dynamo gives up code that it first meets under one, for good (2.13)
         return "TorchDispatchMode"
+    for values in (args, kwargs.values()):
+        for value in values:
+            if isinstance(value, torch.Tensor) and (value.is_meta or type(value) is not torch.Tensor):
+                if _is_fake(value):
+                    return "FakeTensor"
+                if value.is_meta:
+                    return "device='meta'"
+    return None
+
+
+def _is_fake(value: torch.Tensor) -> bool:
     from torch._subclasses import FakeTensor
 
-    for value in values:
-        if isinstance(value, torch.Tensor) and (value.is_meta or isinstance(value, FakeTensor)):
-            return "FakeTensor" if isinstance(value, FakeTensor) else "device='meta'"
-    return None
+    return isinstance(value, FakeTensor)
 
 
 def trace_again(function: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_internals import hint_of, without_source
+from ..torch_internals import graph_module_like, hint_of, without_source
 from . import residual_math
 from .choose_region import Region
 from .graph_values import example_of
@@ -86,8 +86,8 @@ def insert_cache_branch(gm: fx.GraphModule, region: Region, options: BranchOptio
     inputs = _cache_inputs(region, options)
     placeholders = _add_placeholders(graph, inputs, _tensor(region.live_outs[0].node))
     writer = _BranchWriter(body, region, inputs, options)
-    gm.add_submodule(COMPUTE_NAME, fx.GraphModule(body, writer.compute()))
-    gm.add_submodule(REUSE_NAME, fx.GraphModule(body, writer.reuse()))
+    gm.add_submodule(COMPUTE_NAME, graph_module_like(gm, body, writer.compute()))
+    gm.add_submodule(REUSE_NAME, graph_module_like(gm, body, writer.reuse()))
     front = placeholders.pop("front", None)
     pred = placeholders.pop("pred")
     with graph.inserting_before(call):

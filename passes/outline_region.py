@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from ..torch_internals import graph_module_like
 from .choose_region import Region
 from .graph_values import example_of
 
@@ -42,7 +43,7 @@ def outline_region(gm: fx.GraphModule, region: Region) -> int:
     for node in region.hoisted:
         anchor.prepend(node)
     body, arguments = _body(gm, region)
-    gm.add_submodule(REGION_NAME, fx.GraphModule(gm, body))
+    gm.add_submodule(REGION_NAME, graph_module_like(gm, gm, body))
     with graph.inserting_before(anchor):
         operands = [_operand(graph, node) for node in arguments]
         call = graph.call_module(REGION_NAME, tuple(operands))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..torch_internals import is_distributed, memory_of, parts_of, symbol_of, without_source
+from ..torch_internals import graph_module_like, is_distributed, memory_of, parts_of, symbol_of, without_source
 from .graph_values import example_of, mutated_argument, name_of, tensors_in
 from .insert_cache_branch import MADE
 from .module_paths import is_compute
@@ -239,7 +239,7 @@ def _piece(gm: fx.GraphModule, segment: Sequence[fx.Node], inputs: Sequence[fx.N
                 copies[argument].meta = dict(argument.meta)
         copies[node] = graph.node_copy(node, lambda argument: copies[argument])
     graph.output(tuple(copies[node] for node in outputs))
-    return Piece(fx.GraphModule(nested, graph), tuple(inputs), tuple(outputs), _key(graph, nested))
+    return Piece(graph_module_like(gm, dict(nested), graph), tuple(inputs), tuple(outputs), _key(graph, nested))
 
 
 def _key(graph: fx.Graph, nested: dict[str, fx.GraphModule]) -> Hashable:

@@ -86,13 +86,26 @@ def test_another_option_is_another_program(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_another_option_is_another_program_in_pieces_too() -> None:
+    """A piece that an option leaves as it is may be found on disk; what runs is the option's program all the same."""
+    run("inductor", lowering="pieces")
+    missed = 0
+    for name, options in OTHERS.items():
+        compiled, _, misses = run("inductor", lowering="pieces", **options)
+        wanted, _, _ = run("eager", **options)
+        missed += misses
+        for a, b in zip(compiled, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert missed > 0
+
+
 def test_every_option_of_the_program_is_tried() -> None:
     from cache_dit.options import ProgramOptions
 
     elsewhere = {
         "residual_device",  # CPU alone here
         "front_anchored",  # of the rules that measure the front: their tests compare it with eager ones
-        "lowering",  # the test above
+        "lowering",  # the tests above
         "inner",  # another compiler has other caches
         "strict",  # changes what is refused, not a program
     }

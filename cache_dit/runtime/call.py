@@ -14,12 +14,14 @@ from ..texts import text
 from ..torch_internals import (
     COMPILE_SLOT,
     compile_limits,
+    frames_are_compiled,
     is_tracing_failure,
     trace_again,
     traced_with,
     transform_under_way,
     uncompiled_call,
 )
+from .hooks import HookWatch
 from .program import read_time, time_names
 from .ranks import find_members, gathers_by_hooks, is_parallel, tensor_ranks
 from .session import Session, active_session
@@ -53,6 +55,7 @@ class CachedCall:
         self._compiled: Callable[..., Any] | None = None
         self._blockwise: Blockwise | None = None
         self._capture = session.tracing.capture
+        self._hooks = HookWatch()
         self._time_arguments = _time_arguments(module)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         # a compiler around the model must not trace into the runtime; under fullgraph=True it prints the reason
@@ -80,18 +83,20 @@ class CachedCall:
         if torch.compiler.is_exporting():
             # what is exported is the model; `export` keeps the cache
             return self._function(*args, **kwargs)
-        return self._call(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling() or frames_are_compiled():
+            return self._call(args, kwargs)
+        return self._bracketed(args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the model is uncached, also where its class copies attributes that ``nn.Module`` leaves out."""
         return type(None), ()
 
-    def _bracketed(self, *args: Any, **kwargs: Any) -> Any:
+    def _bracketed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session = self.session
         if active_session.get() is session and session.is_under_way:
             # the model calls itself, from code that Dynamo does not trace: a part of the call under way
             return self._function(*args, **kwargs)
-        transform = transform_under_way((*args, *kwargs.values()))
+        transform = transform_under_way(args, kwargs)
         if transform is not None:
             # nothing can be read on the host, nor stored
             session.note_transform(transform)
@@ -101,6 +106,8 @@ class CachedCall:
             self.join_ranks()
         result: Any = None
         with session.lock:
+            if not self._hooks.is_current and self._hooks_changed():
+                self._compiled = None
             compiled = self._compiled
             if compiled is None:
                 self._skip_tracing_in_vain()
@@ -124,13 +131,18 @@ class CachedCall:
                 active_session.set(outer)
                 self._arguments = ((), {})
                 session.call_time = None
+            if session.began_anew and self._hooks_changed():
+                # they came with a module: what has just run did not hear them
+                self._compiled = None
+                session.abort()
+                return self._bracketed(args, kwargs)
             if session.tracing.must_begin_anew or session.tracing.capture is not self._capture:
                 self._capture = session.tracing.capture
                 session.trace_again()
                 trace_again(self._module.forward)
                 trace_again(self._function)
                 self._compiled = self._compile()
-                return result if result is not None else self._bracketed(*args, **kwargs)
+                return result if result is not None else self._bracketed(args, kwargs)
         return result
 
     def join_ranks(self) -> None:
@@ -161,10 +173,14 @@ class CachedCall:
             self._blockwise = Blockwise(self._module, self.session, backend.program, self._chain, self._function)
             self._blockwise.install()
             return self._blockwise
-        if way is Capture.MORE:
-            backend = owned_backend(backend.program, backend.mode, True)
+        more, hooks = way is Capture.MORE, self._hooks.any
+        backend = owned_backend(backend.program, backend.mode, more, hooks)
         compiled = torch.compile(self._function, backend=backend, **compile_limits())
-        return traced_with(compiled, more=way is Capture.MORE)
+        return traced_with(compiled, more=more, hooks=hooks)
+
+    def _hooks_changed(self) -> bool:
+        """Look at the model's hooks; whether it must be compiled in another way. What caches block by block minds them."""
+        return self._hooks.look(self._module) and self._blockwise is None
 
     def _leave_blocks(self) -> None:
         if self._blockwise is not None:

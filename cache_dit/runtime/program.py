@@ -36,6 +36,10 @@ _TIME_NAMES = (
 _LIKE_A_TIME = re.compile(r"timestep|(^|_)(time|sigma)s?$")
 
 
+# Timesteps of a batch that are read one by one.
+FEW_TIMES = 64
+
+
 def time_names(names: Iterable[str]) -> list[str]:
     """Those of the argument names that stand for the noise level, the best first."""
     given = list(names)
@@ -205,6 +209,8 @@ class SizeReader:
 
     def read(self, args: Sequence[Any]) -> Dynamic:
         """The sizes, and the model's own numbers, among these inputs that may differ from call to call; () where none may."""
+        if not self._places and not self._numbers:
+            return ()
         sizes = tuple(args[i] if axis is None else args[i].shape[axis] for i, axis in self._places)
         return sizes + tuple(float(args[i]) for i in self._numbers) if self._numbers else sizes
 
@@ -299,9 +305,17 @@ def find_time(placeholders: Sequence[fx.Node]) -> int | None:
 def read_time(value: object) -> float | None:
     """A timestep as a number. Of several (one a sample, one a token) the largest: clean tokens have 0 throughout."""
     if isinstance(value, torch.Tensor):
-        if value.numel() == 0:
+        count = value.numel()
+        if count == 0:
             return None
-        return float(value.item() if value.numel() == 1 else value.max().item())
+        if count == 1:
+            return float(value.item())
+        if value.dim() == 1 and count <= FEW_TIMES:
+            # cheaper to look at than to reduce; a NaN equals none
+            listed = value.tolist()
+            if listed.count(listed[0]) == count:
+                return float(listed[0])
+        return float(value.max().item())
     return float(value) if isinstance(value, (int, float)) else None
 
 

@@ -22,14 +22,14 @@ from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
 from . import measurements
-from .buffers import ControlMark, Dynamic, ResidualStore, allocate
+from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .corrector import Corrector
 from .observers import CallRecord, Observer, RunSource
 from .operands import CacheOperands
 from .program import Cacheable, UncachedGraph
 from .ranks import Ranks, find_members, measures
-from .signs import MAX_FORMER, Signs, Steady
+from .signs import MAX_FORMER, Signs, Steady, current_caller
 from .timing import CallTimer
 from .tracing import Capture, Tracing
 
@@ -37,6 +37,8 @@ from .tracing import Capture, Tracing
 AUTO_CANDIDATES = ("reuse", "lagrange", "taylor")
 # Runs of up to so many steps are those of models that were made for few: much changes from one step to the next.
 FEW_STEPS = 5
+# Measured steps of which nothing but the statistics needs the errors, worked out together.
+MAX_UNREAD = 256
 # Contexts kept: a server may name each request.
 MAX_CONTEXTS = 64
 COMPUTE_FIRST = Decision(False, "first_call")
@@ -113,6 +115,11 @@ class Session:
         # whether what calls the model stands in its compile slot, which others may take
         self.in_slot = True
         self._forward: Forward | None = None
+        # whether what is done at a step depends on how far forecasts were off at earlier ones; else that waits to be worked out
+        self._heeds_errors = measures(options)
+        self._unread: list[tuple[Measurement, list[list[float]], int]] = []
+        # whether the last call met weights that were not those of the call before, as a run's first one does
+        self.began_anew = False
         # by run, since the runs of named contexts may overlap: of each step the decision and the hits in a row up to it
         self._decisions: dict[int, dict[int, tuple[Decision, int]]] = {}
         # what the unnamed contexts of former runs were called with throughout
@@ -141,10 +148,13 @@ class Session:
 
     def begin(self) -> None:
         """A call of the model begins."""
-        self._touched.clear()
-        self._forward = Forward(context_names.get().get(id(self)) or self.named_context)
-        if self._forward.name is None and self.runs is not None:
-            self._forward.name = self.runs.context()
+        if self._touched:
+            self._touched.clear()
+        self.began_anew = False
+        name = context_names.get().get(id(self)) or self.named_context
+        if name is None and self.runs is not None:
+            name = self.runs.context()
+        self._forward = Forward(name)
         if self.counters.timed or self.options.debug:
             self.timer.start()
 
@@ -178,6 +188,7 @@ class Session:
             else:
                 self.timer.discard()
         if forward.tick is None:
+            self.began_anew = True
             self._count_uncached_step(forward)
             self._said_why_uncached(forward)
             return
@@ -372,12 +383,14 @@ class Session:
 
     def _enter(self, graph: Cacheable) -> Forward:
         forward = self._forward
-        if not self.owns_calls and (forward is None or graph.frame in forward.frames):
-            self.begin()
-            forward = self._forward
+        if not self.owns_calls:
+            if forward is None or graph.frame in forward.frames:
+                self.begin()
+                forward = self._forward
+            if forward is not None:
+                forward.frames.add(graph.frame)
         if forward is None:
             raise AssertionError("a graph ran outside of a call of its model")
-        forward.frames.add(graph.frame)
         return forward
 
     def _leave_graph(self, forward: Forward) -> None:
@@ -395,7 +408,9 @@ class Session:
         if self.runs is not None:
             self._ask_runs(self.runs)
         tick = self.clock.tick(forward.time, forward.name)
-        if isinstance(tick.context, int) and not tick.fresh and self._is_of_another(tick.context, graph.given(args)):
+        unnamed = isinstance(tick.context, int)
+        caller, given = (current_caller(), graph.given(args)) if unnamed else (None, ())
+        if unnamed and not tick.fresh and self._is_of_another(tick.context, caller, given):
             tick = self.clock.begin_anew(forward.time)
         forward.tick = tick
         if tick.broke:
@@ -406,22 +421,24 @@ class Session:
             context.run = tick.run
             if tick.context == 1 and tick.broke:
                 self._drop_other_contexts()
-        if isinstance(tick.context, int):
-            context.signs.note(tick.step, graph.given(args))
+        if unnamed:
+            context.signs.note(tick.step, caller, given)
         return context
 
-    def _is_of_another(self, key: int, given: Sequence[torch.Tensor]) -> bool:
+    def _is_of_another(self, key: ContextKey, caller: object, given: Sequence[torch.Tensor]) -> bool:
         """Whether an unnamed call that keeps to the pattern shows signs of another generation all the same."""
         context = self.contexts.get(key)
         if context is None:
             return False
-        if context.signs.has_other_caller():
+        signs = context.signs
+        if signs.has_other_caller(caller):
             self.said.warn("several_callers")
             return True
-        signs = context.signs
         same = signs.same(given)
-        if signs.differ(same) or signs.are_of(self._former, given, same):
+        if signs.differ(same) or (self._former and signs.are_of(self._former, given, same)):
             return True
+        if len(self.contexts) == 1:
+            return False
         others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
         return signs.belong_to(others, given, same)
 
@@ -463,6 +480,7 @@ class Session:
             why = "first_call" if not context.stores else "shape_changed"
             context.stores.pop(key, None)
             self._release_stale(context, step)
+            self.began_anew = True
             return self._allocate(context, key, graph, dynamic, weights), why
         why = "unused"
         if store.points and store.last_step != step - 1:
@@ -472,6 +490,7 @@ class Session:
             if store.points:
                 why = "weights_changed"
             store.forget()
+            self.began_anew = True
             store.weights = type(store.weights)(weights)
         return store, why
 
@@ -660,13 +679,29 @@ class Session:
             store.drop_newest(pending.replaced)
             self.said.warn("nonfinite")
             return
-        if pending.before:
-            names = AUTO_CANDIDATES if self.options.forecast == "auto" else (self.options.forecast,)
-            store.errors = measurements.forecast_errors(pending, parts, history, names, self.options.order)
+        if not pending.before:
+            return
+        if self._heeds_errors or self.observer is not None or self.options.debug:
+            self._read_errors()
+            store.errors = self._errors_of(pending, parts, history)
             error = store.errors[self._forecast_name(store)]
             self.counters.record_forecast_error(error)
             if self.observer is not None:
                 self.observer.measured(pending.target.step, error)
+            return
+        self._unread.append((pending, parts, history))
+        if len(self._unread) >= MAX_UNREAD:
+            self._read_errors()
+
+    def _errors_of(self, pending: Measurement, parts: Sequence[Sequence[float]], history: int) -> dict[str, float]:
+        names = AUTO_CANDIDATES if self.options.forecast == "auto" else (self.options.forecast,)
+        return measurements.forecast_errors(pending, parts, history, names, self.options.order)
+
+    def _read_errors(self) -> None:
+        """Count the errors of forecasts that nothing but the statistics asks for."""
+        for measured in self._unread:
+            self.counters.record_forecast_error(self._errors_of(*measured)[self.options.forecast])
+        self._unread.clear()
 
     def _cache_operands(
         self, graph: Cacheable, store: ResidualStore, point: Point, tick: Tick, skip: bool
@@ -692,6 +727,7 @@ class Session:
         """Set every statistic to zero."""
         self.timer.reset()
         self.counters.reset()
+        self._unread.clear()
         self._compiles_seen = 0
 
     def statistics(self) -> CacheStats:
@@ -702,6 +738,7 @@ class Session:
             try:
                 for context in self.contexts.values():
                     self._read_all(context)
+                self._read_errors()
             finally:
                 self.lock.release()
         return stats_from(

@@ -34,18 +34,19 @@ class Signs:
         self._steady: list[bool] | None = None
         self._step = 0
 
-    def note(self, step: int, tensors: Sequence[torch.Tensor]) -> None:
+    def note(self, step: int, caller: object, tensors: Sequence[torch.Tensor]) -> None:
         """Remember a call."""
         if self._step:
             same = self.same(tensors)
             self._steady = same if self._steady is None else [a and b for a, b in zip(self._steady, same, strict=False)]
-        self._caller = weakref.ref(_caller())
+        if self._caller is None or self._caller() is not caller:
+            self._caller = weakref.ref(caller)
         self._given = [weakref.ref(tensor) for tensor in tensors]
         self._step = step
 
-    def has_other_caller(self) -> bool:
+    def has_other_caller(self, caller: object) -> bool:
         """Whether the call comes from another thread or task than the last one."""
-        return self._caller is not None and self._caller() is not _caller()
+        return self._caller is not None and self._caller() is not caller
 
     def same(self, tensors: Sequence[torch.Tensor]) -> list[bool]:
         """Which of these arguments are the objects that the last call had."""
@@ -70,9 +71,9 @@ class Signs:
         return [(place, reference) for place, reference in enumerate(self._given[: len(steady)]) if steady[place]]
 
 
-def _caller() -> object:
+def current_caller() -> object:
     """The asyncio task that is running, else the thread."""
-    try:
-        return asyncio.current_task() or threading.current_thread()
-    except RuntimeError:
+    # asked first, since `current_task` raises where no loop runs
+    if asyncio._get_running_loop() is None:
         return threading.current_thread()
+    return asyncio.current_task() or threading.current_thread()

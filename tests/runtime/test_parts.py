@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -124,15 +125,15 @@ def test_levels_below_nothing_are_no_run_of_a_solver() -> None:
 
 def test_signs_tell_a_prompt_that_stays_from_one_that_is_another() -> None:
     prompt, other = torch.ones(2), torch.ones(2)
-    signs = Signs()
-    assert not signs.has_other_caller() and signs.steady() == []
-    signs.note(1, [torch.ones(1), prompt])
+    signs, here = Signs(), threading.current_thread()
+    assert not signs.has_other_caller(here) and signs.steady() == []
+    signs.note(1, here, [torch.ones(1), prompt])
     assert not signs.differ(signs.same([torch.ones(1), other]))
-    signs.note(2, [torch.ones(1), prompt])
+    signs.note(2, here, [torch.ones(1), prompt])
     assert signs.differ(signs.same([torch.ones(1), other])) and not signs.differ(signs.same([torch.ones(1), prompt]))
     assert [(place, reference() is prompt) for place, reference in signs.steady()] == [(1, True)]
     # what differed once is not steady any more
-    signs.note(3, [torch.ones(1), other])
+    signs.note(3, here, [torch.ones(1), other])
     assert signs.steady() == [] and not signs.differ(signs.same([torch.ones(1), prompt]))
 
 
@@ -156,7 +157,7 @@ def test_operands_are_made_once_for_a_value_and_not_kept_without_end(monkeypatch
     assert [found is before for found, before in zip(made(7), (pred, control, key, last), strict=True)] == [True] * 4
     # three are kept, and three more may be: then all of them go
     assert all(made(other)[0] is pred for other in (8, 9, 10))
-    assert made(11)[0] is pred and made(11)[0] is not pred
+    assert made(11)[0] is pred and made(12)[0] is not pred
 
 
 def corrector(monkeypatch: pytest.MonkeyPatch, **options: object) -> Corrector:

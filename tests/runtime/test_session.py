@@ -507,3 +507,25 @@ def test_debug_prints_one_line_a_call(capfd: pytest.CaptureFixture[str], enable_
     # the error of the last forecast that a computed step could check
     assert lines[1].endswith("-")
     assert float(lines[5].rsplit(" ", 1)[1]) > 0.0
+
+
+def test_errors_that_only_the_statistics_ask_for_are_worked_out_when_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for bound in (1, 3, 256):
+        monkeypatch.setattr("cache_dit.runtime.session.MAX_UNREAD", bound)
+        model = cache_dit.enable_cache(
+            models.seeded(models.TinyDiT), **{**EXACT, "forecast": "lagrange", "schedule": "1110" * 3}
+        )
+        with torch.no_grad():
+            for step in range(12):
+                model(*inputs_at(step))
+        stats = cache_dit.get_stats(model)
+        found.append((stats.forecast_errors, stats.forecast_error, stats.mean_forecast_error))
+    # each of the nine computed steps but the first
+    assert found[0][0] == 8 and found[1:] == found[:1] * 2
+    with torch.no_grad():
+        for step in range(12, 16):
+            model(*inputs_at(step))
+    cache_dit.reset_cache_stats()
+    # what the last step measured has not been read from the device
+    assert cache_dit.get_stats(model).forecast_errors == 1
