@@ -186,6 +186,7 @@ class FallbackCompiler:
         self.__name__ = "cache_dit"
         self._program, self._language = program, language
         self._compile = inner_compiler(program.inner, mode, dict(program.inner_options))
+        self.gave_up = False
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         spare = copy_dynamo_graph(gm)
@@ -194,13 +195,22 @@ class FallbackCompiler:
         except Exception as error:
             if is_tracer_signal(error):
                 raise
-            if self._program.strict:
-                raise CacheDitError(text("inner_failed", self._language, inner=self._program.inner, why=error)) from error
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            warn("inner_failed", self._language, inner=self._program.inner, why=reason)
-            self._compile = inner_compiler("eager", None, {})
+            self.give_up(error)
             compiled = self._compile(spare, examples)
         return compiled
+
+    def give_up(self, error: Exception) -> None:
+        """From now on run graphs as traced.
+
+        Raises:
+            CacheDitError: the user wants no less than what was asked for.
+        """
+        if self._program.strict:
+            raise CacheDitError(text("inner_failed", self._language, inner=self._program.inner, why=error)) from error
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        warn("inner_failed", self._language, stacklevel=4, inner=self._program.inner, why=reason)
+        self.gave_up = True
+        self._compile = inner_compiler("eager", None, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,10 +296,15 @@ def _lowered(
 
 def _plain(gm: fx.GraphModule, program: ProgramOptions, compile_inner: FallbackCompiler) -> Callable[..., Any]:
     """The graph as it was traced, for calls that must not use the cache; compiled when the first of them comes."""
-    if program.inner == "eager":
-        run: Callable[..., Any] = gm.forward
+    run: Callable[..., Any] = gm.forward
+    if program.inner == "eager" or compile_inner.gave_up:
         return run
-    return torch.compile(gm, backend=compile_inner, dynamic=True)
+    try:
+        run = torch.compile(gm, backend=compile_inner, dynamic=True)
+    except OSError as error:
+        # the folder of torch's caches has gone, and cannot be made again
+        compile_inner.give_up(error)
+    return run
 
 
 def _announce_start(report: GraphReport, language: str | None) -> None:

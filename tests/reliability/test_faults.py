@@ -256,7 +256,61 @@ def test_a_broken_compile_cache_on_disk_costs_time_alone(tmp_path: Path, damage:
     run()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_without_a_place_for_what_is_compiled_the_model_runs_and_is_cached_once_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    folder, plan = tmp_path / "cache", Plan(10, falling(8))
+    folder.write_text("a file in its place")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    model = enabled({**EXACT, "strict": strict})
+    if strict:
+        with pytest.raises(cache_dit.CacheDitError, match="TORCHINDUCTOR_CACHE_DIR"):
+            generate(plan, model)
+    else:
+        with pytest.warns(CacheDitWarning, match="TORCHINDUCTOR_CACHE_DIR") as said:
+            assert same(generate(plan, model), generate(plan, prompted()))
+        assert len(said) == 1 and str(folder) in str(said[0].message)
+        assert cache_dit.get_stats(model).refused == {"no_folder": 8} and hits_of(model) == 0
+    folder.unlink()
+    generate(plan, model)
+    assert hits_of(model) == 3
+
+
+UNWRITABLE = {
+    # not even where the folder is there already
+    "no byte": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",
+    "no folder": "import os; os.environ['TORCHINDUCTOR_CACHE_DIR'] = '/proc/cache_dit'",
+}
+UNCACHED = """
+import warnings
+with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    try:
+        cache_dit.enable_cache(model, warmup_steps=1, noise_scale=0.0, language="en")
+    except cache_dit.CacheDitError as error:
+        print("refused:", error)
+    for step in range(6):
+        assert torch.equal(model(x + step, torch.tensor(1.0 - step / 8)), model.forward(x + step, torch.tensor(1.0 - step / 8)))
+print("said:", *(each.message for each in said if issubclass(each.category, cache_dit.messages.CacheDitWarning)))
+"""
+
+
+@pytest.mark.parametrize("fault", UNWRITABLE)
+def test_where_nothing_can_be_written_the_model_runs_as_it_is(tmp_path: Path, fault: str) -> None:
+    """A disk that is full or read-only: found when torch's compiler is imported, or at the first call."""
+    code = UNWRITABLE[fault] + INDUCTOR.partition("cache_dit.enable_cache")[0] + UNCACHED
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused, _, said = done.stdout.rpartition("said:")
+    told = said if fault == "no byte" else refused
+    assert told.count("TORCHINDUCTOR_CACHE_DIR") == 1 and done.stdout.count("TORCHINDUCTOR_CACHE_DIR") == 1
+
+
 DAMAGES = {
+    "a file": "shutil.rmtree(folder); folder.write_text('in its place')",
+    "no byte": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",
     "spoilt": "[f.write_bytes(b'spoilt') for f in folder.rglob('*') if f.is_file() and f.suffix != '.so']",
     "removed": "shutil.rmtree(folder)",
 }
