@@ -52,6 +52,7 @@ FILES = (
     "tests/runtime/test_program.py",
     "tests/runtime/test_registry.py",
     "tests/runtime/test_ranks.py",
+    "tests/runtime/test_call.py",
     "tests/reliability/test_runs.py",
     "tests/reliability/test_faults.py",
     "tests/reliability/test_models.py",

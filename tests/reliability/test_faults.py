@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -345,6 +346,46 @@ def test_a_compile_cache_that_breaks_in_mid_session(tmp_path: Path, damage: str)
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split("hits")[1:] == [" 3\n", " 12\n"]
+
+
+# Signals.
+
+
+SIGNALLED = """
+import os, signal, sys, torch, cache_dit
+from tests import models
+HANDLER
+model = models.seeded(models.TinyDiT)
+cache_dit.enable_cache(model, inner="eager", warmup_steps=1)
+x, t = models.example()
+with torch.no_grad():
+    for step in range(100_000):
+        model(x, t - 0.05 * (step % 18))
+        if step == 20:
+            print("running", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "code"),
+    [
+        ("", -signal.SIGTERM),
+        ("signal.signal(signal.SIGTERM, lambda *about: sys.exit(3))", 3),
+        ("signal.signal(signal.SIGTERM, lambda *about: (cache_dit.disable_cache(model), sys.exit(4)))", 4),
+    ],
+)
+def test_a_process_that_is_told_to_end_in_mid_run_ends_as_without_us(handler: str, code: int) -> None:
+    command = [sys.executable, "-c", SIGNALLED.replace("HANDLER", handler)]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            assert process.stdout.readline() == "running\n", process.stderr.read()[-3000:]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == code
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
 
 
 # Values that are not finite.
