@@ -157,6 +157,16 @@ def test_operands_are_made_once_for_a_value_and_not_kept_without_end(monkeypatch
     # three are kept, and three more may be: then all of them go
     assert all(made(other)[0] is pred for other in (8, 9, 10))
     assert made(11)[0] is pred and made(11)[0] is not pred
+    monkeypatch.setattr("cache_dit.runtime.operands.MAX_KEPT", 300)
+    assert max(len(operands._kept) for key in range(400) if made(key)) == 300
+
+
+@pytest.mark.parametrize(("history", "weights"), [(1, ()), (1, (1.0,)), (2, (1.0,)), (3, (2.0, -1.0)), (4, (3.0, -3.0, 1.0))])
+def test_weights_fill_the_place_of_every_residual(history: int, weights: tuple[float, ...]) -> None:
+    inputs = CacheInputs((buffer(),), history, None, torch.float64, CPU)
+    pred, control, _, _ = CacheOperands(0.25).make(inputs, skip=not weights, weights=weights, key=0, measured=torch.zeros(1))
+    assert bool(pred) is bool(weights)
+    assert control.dtype == torch.float64 and control.tolist() == [*weights, *[0.0] * (history - len(weights)), 0.25]
 
 
 def corrector(monkeypatch: pytest.MonkeyPatch, **options: object) -> Corrector:

@@ -146,12 +146,13 @@ def test_members_are_those_that_the_option_names_else_those_that_are_found(
     monkeypatch.setattr(ranks, "FINDERS", [lambda module: (), lambda module: {0, 3}, lambda module: [2]])
     module = nn.Linear(2, 2)
     assert find_members(module, False) == [] == find_members(module, False, ["tp"])
-    assert find_members(module, "world") == [0, 1, 2, 3]
+    # strings that are read from a file are other objects
+    assert find_members(module, "world") == find_members(module, "".join(("wor", "ld"))) == [0, 1, 2, 3]
     # a process group itself
     assert find_members(module, [3, 0]) == [0, 3]
     assert find_members(None, "auto") == [] == find_members(None, "auto", ["alone"])
     assert find_members(None, "auto", ["tp", "cp"]) == [1, 2, 3]
-    assert find_members(module, "auto") == [0, 2, 3]
+    assert find_members(module, "auto") == find_members(module, "".join(("au", "to"))) == [0, 2, 3]
     assert find_members(module, "auto", ["tp"]) == [0, 1, 2, 3]
 
 
@@ -213,6 +214,12 @@ def test_ranks_with_other_options_are_told_which_and_of_whom(world: World) -> No
 def test_ranks_whose_weights_are_of_other_kinds_differ(world: World) -> None:
     found = on_each([0, 1], lambda rank: Ranks([0, 1], options(), ("Tensor", "DTensor")[rank]))
     assert all("weights='Tensor' / 'DTensor'" in str(each) for each in found)
+
+
+def test_a_rank_of_another_version_which_knows_other_options_differs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ranks._comparable
+    monkeypatch.setattr(ranks, "_comparable", lambda given: {**known(given), **({"later": "1"} if world.rank() else {})})
+    assert all("later=None / '1'" in str(each) for each in met([0, 1]))
 
 
 def test_what_each_rank_may_have_of_its_own_is_not_compared(world: World) -> None:

@@ -73,6 +73,9 @@ def test_an_argument_is_steady_from_the_second_call_on_until_it_is_another_one()
         assert [place for place, reference in signs.steady()] == steady
         assert all(reference() is calls[-1][place] for place, reference in signs.steady())
     assert noted([a, b], [a, c], [d, c]).steady() == []
+    # a call with fewer arguments than the last ones, and one with more
+    for calls in ([[a, b], [a, b], [a]], [[a, b], [a], [a, b]]):
+        assert [(place, reference() is a) for place, reference in noted(*calls).steady()] == [(0, True)]
 
 
 def test_a_steady_argument_that_is_another_one_differs_and_others_do_not() -> None:
@@ -106,6 +109,17 @@ def test_a_call_with_the_prompt_of_another_context_at_the_same_step_belongs_ther
         assert not signs.belong_to([elsewhere], [x, theirs], signs.same([x, theirs]))
     assert signs.belong_to([noted([y, theirs]), other], [x, theirs], signs.same([x, theirs]))
     assert not signs.belong_to([], [x, theirs], signs.same([x, theirs]))
+    # a context that is given less
+    assert not signs.belong_to([noted([y], [y])], [x, theirs], signs.same([x, theirs]))
+
+
+def test_contexts_at_the_same_step_are_found_however_many_there_are() -> None:
+    mine, theirs = tensors(2)
+    signs, other = Signs(), Signs()
+    for each, prompt in ((signs, mine), (other, theirs)):
+        for step in range(999, 1001):
+            each.note(step, [prompt])
+    assert signs.belong_to([other], [theirs], signs.same([theirs]))
 
 
 def test_a_call_with_the_prompt_of_a_former_run_is_of_another_one() -> None:
@@ -113,8 +127,11 @@ def test_a_call_with_the_prompt_of_a_former_run_is_of_another_one() -> None:
     former = noted([x, theirs], [torch.ones(1), theirs]).steady()
     assert [place for place, _ in former] == [1]
     signs = noted([x, mine], [x, mine])
-    for given, other in (([x, theirs], True), ([x, mine], False), ([theirs, mine], False), ([x], False)):
+    # one of the same numbers is another one
+    numbers = torch.ones(1)
+    for given, other in (([x, theirs], True), ([x, mine], False), ([theirs, mine], False), ([x, numbers], False), ([x], False)):
         assert signs.are_of(former, given, signs.same(given)) is other
+    assert not signs.are_of(noted([x, mine, theirs], [x, mine, theirs]).steady()[2:], [x], signs.same([x]))
     # this run has had it too
     again = noted([x, theirs], [x, theirs])
     assert not again.are_of(former, [x, theirs], again.same([x, theirs]))

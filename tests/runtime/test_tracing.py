@@ -52,7 +52,7 @@ def test_the_main_list_came_apart_where_there_are_several_graphs_and_none_holds_
     assert traced([side], [other]).main_list_came_apart()
     assert traced([side, graph(region("sides"))]).main_list_came_apart()
     # one graph alone is the whole model
-    assert not traced([side]).main_list_came_apart()
+    assert not traced([side]).main_list_came_apart() and not traced([]).main_list_came_apart()
     assert not traced([side, main]).main_list_came_apart()
     assert not traced([side], [other], main=None).main_list_came_apart()
 
