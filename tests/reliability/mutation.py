@@ -42,6 +42,7 @@ FILES = (
     "tests/runtime/test_solvers.py",
     "tests/runtime/test_correction.py",
     "tests/runtime/test_session.py",
+    "tests/runtime/test_session_alone.py",
     "tests/runtime/test_control_refresh.py",
     "tests/runtime/test_eager_contexts.py",
     "tests/runtime/test_parts.py",

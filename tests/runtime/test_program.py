@@ -173,13 +173,14 @@ def cache(*residuals: ResidualBuffer, front: ResidualBuffer | None = None) -> Ca
 
 def test_sizes_are_read_where_the_inputs_carry_them() -> None:
     inputs = Inputs()
-    batch, tokens, text = inputs.size(2), inputs.size(6), inputs.size(5)
+    batch, tokens, text, other = (inputs.size(value) for value in (2, 6, 5, 3))
+    inputs.given("m", other)
     inputs.given("x", inputs.fake(batch, tokens, 8))
     inputs.given("n", text)
     wanted = cache(buffer(batch, 2 * tokens + 1, 8), buffer(text, 3), front=buffer(3, tokens))
     assert sizes_are_known(wanted, inputs.nodes)
     reader = SizeReader(inputs.nodes, wanted)
-    dynamic = reader.read((torch.zeros(4, 9, 8), 7))
+    dynamic = reader.read((5, torch.zeros(4, 9, 8), 7))
     assert sorted(dynamic) == [4, 7, 9]
     assert reader.sizes(dynamic) == ((4, 19, 8), (7, 3), (3, 9))
 
@@ -207,8 +208,10 @@ def test_numbers_of_the_model_count_behind_the_sizes() -> None:
     inputs.add(f"{MODEL}.row", torch.ones(1))
     inputs.given("strength", inputs.number(0.5))
     inputs.add(f"{MODEL}._parameters['w']", nn.Parameter(torch.tensor(0.25)))
+    # one on a device would have to be waited for
+    inputs.add(f"{MODEL}.gate", torch.zeros((), device="meta"))
     reader = SizeReader(inputs.nodes, cache(buffer(2, 8)))
-    args = (torch.zeros(9, 8), 1.5, torch.tensor(3.0), torch.ones(1), 0.125, torch.tensor(1.0))
+    args = (torch.zeros(9, 8), 1.5, torch.tensor(3.0), torch.ones(1), 0.125, torch.tensor(1.0), torch.zeros((), device="meta"))
     assert reader.read(args) == (9, 1.5, 3.0)
     assert reader.sizes(reader.read(args)) == ((2, 8),)
 
