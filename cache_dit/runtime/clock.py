@@ -215,7 +215,7 @@ class StepClock:
 
     def _run_for(self, last: int | None) -> int:
         """The run a context (re)starts in: the session's newest, unless the context was in that one already."""
-        if self.run == 0 or last == self.run or (last is None and not self.running):
+        if last == self.run or (last is None and not self.running):
             if last is not None:
                 self._forget_schedule()
             self.run += 1
