@@ -48,11 +48,32 @@ def test_buffers_have_a_place_for_each_live_out_step_and_statistic(front: Residu
         assert (tuple(store.front.shape), store.front.dtype) == ((5, 7), torch.float16)
 
 
+def test_a_computed_step_takes_the_place_of_the_oldest_and_leaves_what_it_measured_unread() -> None:
+    store = allocate(CacheInputs((buffer(), buffer()), 3, None, torch.float32, CPU), ((2, 3), (2, 3)), (), ())
+    first, empty = [list(history) for history in store.residuals], store.measured
+    seen = []
+    for step in (1, 4, 6, 13):
+        values = torch.full((1,), float(step))
+        store.computed(Point(step, 0.5), values)
+        assert store.pending is not None and store.pending.values is store.measured is values
+        seen.append(([point.step for point in store.points], store.gap, [point.step for point in store.pending.before]))
+    assert seen == [([1], None, []), ([4, 1], 3, [1]), ([6, 4, 1], 2, [4, 1]), ([13, 6, 4], 7, [6, 4, 1])]
+    # four times round three places
+    for history, (a, b, c) in zip(store.residuals, first, strict=True):
+        assert [id(tensor) for tensor in history] == [id(c), id(a), id(b)]
+    store.drop_newest(empty)
+    assert [point.step for point in store.points] == [6, 4] and store.gap is None and store.measured is empty
+    store.forget()
+    assert store.points == () and store.pending is None
+
+
 def test_weights_match_where_they_are_the_same_tensors_unwritten() -> None:
     weights = [torch.ones(2), torch.ones(2)]
     mark = WeightMark(weights)
     assert mark.matches(weights)
     assert not mark.matches(weights[:1]) and not mark.matches([*weights, torch.ones(2)]) and not mark.matches(weights[::-1])
+    # whichever was made later
+    assert not any(WeightMark([weights[i]]).matches([weights[1 - i]]) for i in range(2))
     weights[1].add_(1)
     assert not mark.matches(weights)
     # nothing counts the writes to inference tensors; that they are the same is known

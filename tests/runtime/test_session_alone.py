@@ -482,6 +482,10 @@ def test_the_front_clock_adds_up_the_changes_since_the_last_computed_step() -> N
     driven.hits(0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
     # the first front has none before it; the change at a computed step starts the clock anew behind it
     assert seen == [(0.0, None), (0.0, None), (0.25, 0.25), (0.5, 0.25), (0.0, 0.75), (0.0, 0.0)]
+    # nor does that of the run before
+    driven.graph.changes = [(9.0, 1.0), (0.5, 1.0)]
+    driven.hits(0.9, 0.8)
+    assert seen[6:] == [(0.0, None), (0.0, None)]
 
 
 def test_ranks_share_what_one_step_measured_in_one_message() -> None:
