@@ -217,6 +217,47 @@ def test_ranks_are_joined_once_where_there_are_several(
 # Calls.
 
 
+def test_ranks_are_looked_for_before_the_first_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, joined = made(models.seeded(models.TinyDiT)), list[bool]()
+    monkeypatch.setattr(call, "join_ranks", lambda: joined.append(call._compiled is None))
+    with torch.no_grad():
+        for _ in range(3):
+            call(*models.example())
+    assert joined == [True]
+
+
+def test_where_torch_finds_no_place_to_write_to_each_call_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it finds one, or has broken off in the middle of an import, which it cannot do twice."""
+    faults: list[Exception | None] = [OSError("full"), OSError("full"), None]
+    compile_ = torch.compile
+
+    def compiles(*args: Any, **kwargs: Any) -> Any:
+        fault = faults.pop(0)
+        if fault is not None:
+            raise fault
+        return compile_(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    module = models.seeded(models.TinyDiT)
+    call = made(module)
+    told = []
+    with torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(call(*models.example()), module.forward(*models.example()))
+            told.append(call.session.tracing.no_folder)
+    assert told == ["OSError: full", "OSError: full", "", ""] and faults == []
+    assert call.session.counters.refused["no_folder"] == 2 and call.session.counters.compiles == 1
+    faults[:] = [OSError("full"), AssertionError("half imported")]
+    call = made(module)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(call(*models.example()), module.forward(*models.example()))
+    assert faults == [] and call.session.counters.refused == {"no_folder": 3}
+    faults[:] = [AssertionError("theirs")]
+    with torch.no_grad(), pytest.raises(AssertionError, match="theirs"):
+        made(module)(*models.example())
+
+
 def test_a_call_within_a_call_of_the_same_model_is_a_part_of_it() -> None:
     module = models.seeded(models.TinyDiT)
     inner: list[Tensor] = []
