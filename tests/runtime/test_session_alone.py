@@ -559,6 +559,34 @@ def test_a_control_input_that_moved_is_heard_where_that_was_asked_for_and_said_w
         driven.hits(0.1)
 
 
+def test_a_control_input_that_was_written_to_is_heard_and_where_not_nothing_can_be_said_of_it() -> None:
+    for refresh, found in ((None, "11"), (0.5, "01")):
+        driven, control = Driven(Graph(controls=(1,)), control_refresh=refresh), torch.ones(2)
+        driven(0.9, x=control)
+        control.add_(0.1)
+        assert "".join("01"[driven(time, x=control)] for time in (0.8, 0.7)) == found
+
+
+@pytest.mark.parametrize(
+    ("cached", "uncached", "schedule", "several"),
+    [(1, 0, "1", False), (2, 0, "1", True), (1, 1, "1", True), (1, 0, "10", False), (2, 0, "10", True), (1, 1, "10", True)],
+)
+def test_a_model_of_several_graphs_is_told_from_one_that_comes_into_one(
+    cached: int, uncached: int, schedule: str, several: bool
+) -> None:
+    """The output of one graph is the model's; else no skipped step is put right."""
+    driven = Driven(schedule=schedule)
+    graphs = [Graph() for _ in range(cached)]
+    for time in (0.9, 0.8)[: len(schedule)]:
+        driven.session.begin()
+        for graph in graphs:
+            driven.session.run(graph, (torch.tensor([time]), torch.ones(2), driven.weight))
+        for _ in range(uncached):
+            driven.session.note_uncached(Plain("random"))  # type: ignore[arg-type]
+        driven.session.end()
+    assert driven.session._several_graphs is several
+
+
 # Statistics, and who hears of calls.
 
 
@@ -661,6 +689,7 @@ def test_the_debug_line_says_what_a_call_was(capfd: pytest.CaptureFixture[str]) 
         ({"warmup_steps": 1}, 5, "the run has 5 steps, and will skip these: 2, 4"),
         ({"warmup_steps": 1, "skip_interval": 1}, 4, "will skip these: 2, 3, 4"),
         ({"warmup_steps": 1, "skip_interval": 1, "max_consecutive_hits": 1}, 5, "will skip these: 2, 4"),
+        ({"warmup_steps": 1, "skip_interval": 1, "max_consecutive_hits": 2}, 5, "will skip these: 2, 3, 5"),
         ({"warmup_steps": 1, "strategy": "dynamic"}, 3, "will skip these: 2"),
         ({"warmup_steps": 0, "skip_interval": 3}, 5, "will skip these: 3"),
         ({"warmup_steps": 1}, 6, None),
@@ -707,6 +736,19 @@ def test_a_calibration_that_is_not_used_is_said(options: dict[str, Any], steps: 
     texts = [str(each.message) for each in told if "calibration" in str(each.message)]
     assert len(texts) == (said is not None) and (said is None or said in texts[0])
     assert driven.session.options.calibration is calibration
+
+
+def test_a_calibration_of_other_blocks_is_dropped_and_said_once() -> None:
+    driven = Driven(Graph(front=True), schedule=None, strategy="adaptive", target_speedup=2.0, correction=False)
+    driven.graph.changes = [(0.1, 1.0)] * 9
+    calibration = SimpleNamespace(num_steps=10, structure=("other",))
+    object.__setattr__(driven.session.options, "calibration", calibration)
+    without = driven.session.strategy
+    with pytest.warns(CacheDitWarning, match="measured for another structure") as told:
+        driven.session.new_run(10, None)
+        driven.hits(0.9, 0.8)
+    assert len(told) == 1 and driven.session.options.calibration is None
+    assert driven.session.options.target_speedup == 2.0 and driven.session.strategy is not without
 
 
 def test_a_call_without_a_timestep_computes_and_is_said_once_unless_its_run_was_named() -> None:
@@ -824,6 +866,14 @@ def test_a_context_that_leaves_the_graphs_of_the_others_is_left_alone() -> None:
     assert driven.refused == {"no_region": 1, "eager_context": 1}
     # the others begin anew
     assert driven.hits(0.8, 0.7, name="prompt") == "01"
+
+
+def test_a_context_that_is_called_with_gradients_is_not_left_alone() -> None:
+    driven = Driven()
+    driven(0.9, "prompt")
+    with torch.enable_grad(), pytest.warns(CacheDitWarning, match="no_grad"):
+        uncached_call(driven, Plain("grad_mode"), name="prompt")
+    assert not driven.session.tracing.is_eager("prompt") and not driven.session.tracing.must_begin_anew
 
 
 def test_a_context_that_compiles_at_every_call_is_left_alone() -> None:
