@@ -151,6 +151,11 @@ def test_a_run_skips_what_its_mask_says_and_is_counted() -> None:
     assert (counters.calls, counters.hits, counters.steps, counters.runs) == (11, 6, 11, 2)
 
 
+def test_a_long_run_is_skipped_to_its_end() -> None:
+    driven = Driven(schedule="1" + "0" * 400)
+    assert driven.hits(*(1.0 - step / 500 for step in range(400))) == "0" + "1" * 399
+
+
 def test_the_first_step_computes_whatever_is_asked_for() -> None:
     driven = Driven(schedule="000")
     assert driven.hits(0.9, 0.7) == "01"
@@ -274,6 +279,17 @@ def test_a_source_of_runs_is_asked_when_they_begin_and_for_their_schedule() -> N
     starts.append(False)
     driven(0.9)
     assert asked == ["schedule", "solver"] and clock.num_steps == 5
+
+
+def test_a_prompt_of_another_context_at_the_second_step_breaks_the_pattern() -> None:
+    prompts = torch.ones(2), torch.ones(2)
+    for order, broken in (((0, 1), 0), ((1, 0), 1)):
+        driven = Driven()
+        for x in prompts:
+            driven(0.9, x=x)
+        for i in order:
+            driven(0.8, x=prompts[i])
+        assert driven.refused.get("pattern_broken", 0) == broken
 
 
 def test_another_caller_in_mid_run_is_said_once() -> None:
@@ -496,7 +512,11 @@ def test_ranks_share_what_one_step_measured_in_one_message() -> None:
 
         def share(self, measured: Sequence[Tensor]) -> list[Callable[[], list[float]]]:
             sent.append([value.tolist() for value in measured])
-            return [lambda value=value: [2.0 * each for each in value.tolist()] for value in measured]  # type: ignore[misc]
+            # of what all measured: four times the mean square, or half the change
+            return [lambda value=value: agreed(value.tolist()) for value in measured]  # type: ignore[misc]
+
+    def agreed(values: list[float]) -> list[float]:
+        return [values[0] / 2, values[1]] if len(values) == 2 else [values[0], 4.0 * values[1], *values[2:]]
 
     driven = Driven(Graph(history=1, front=True), schedule=None, strategy="adaptive", correction=False)
     driven.session.ranks, driven.session._shares = Two(), True  # type: ignore[assignment]
@@ -506,8 +526,9 @@ def test_ranks_share_what_one_step_measured_in_one_message() -> None:
     driven(0.8)
     assert len(sent) == 2 and sent[1] == [pytest.approx([0.0, 0.64, 0.01], abs=1e-6), [0.5, 1.0]]
     driven(0.7)
-    # as agreed: twice what was measured here, √2 of it in the error
-    assert driven.session.counters.forecast_error == pytest.approx(math.sqrt(0.02 / 1.28), rel=1e-3)
+    # as agreed, and not as measured here
+    assert driven.session.counters.forecast_error == pytest.approx(math.sqrt(0.01 / (4.0 * 0.64)), rel=1e-3)
+    assert driven.session.contexts[1].last_increment == 0.25
     assert "decides alike with 2 ranks (this one: 1)" in driven.session.notes()[-1]
     assert "exchanged 4 times" in driven.session.notes()[-1]
 
@@ -736,6 +757,24 @@ def test_a_calibration_that_is_not_used_is_said(options: dict[str, Any], steps: 
     texts = [str(each.message) for each in told if "calibration" in str(each.message)]
     assert len(texts) == (said is not None) and (said is None or said in texts[0])
     assert driven.session.options.calibration is calibration
+
+
+def test_what_a_strategy_has_to_tell_is_said_once() -> None:
+    driven = Driven()
+    driven.session.strategy = SimpleNamespace(decide=driven.session.strategy.decide, notes=lambda: ["target_speedup_unused"])  # type: ignore[assignment]
+    with pytest.warns(CacheDitWarning, match="target_speedup works under") as told:
+        driven.hits(0.9, 0.8, 0.9, 0.8)
+    assert len(told) == 1
+
+
+def test_what_else_there_is_to_say_of_a_model_that_is_cached_block_by_block() -> None:
+    session = Driven().session
+    assert session.notes() == ()
+    session.tracing.capture = Capture.BLOCKS
+    assert len(session.notes()) == 1 and session.notes()[0].endswith("Graph breaks: -")
+    session.note_uncached(Plain("random", "print"))  # type: ignore[arg-type]
+    session.note_uncached(Plain("random", "item"))  # type: ignore[arg-type]
+    assert session.notes()[0].endswith("Graph breaks: print; item")
 
 
 def test_a_calibration_of_other_blocks_is_dropped_and_said_once() -> None:
