@@ -214,6 +214,22 @@ def test_ranks_are_joined_once_where_there_are_several(
     assert call.session.tracing.capture is call._capture is way
 
 
+@pytest.mark.parametrize("way", [Capture.DEFAULT, Capture.MORE, Capture.IN_VAIN])
+def test_more_is_captured_only_where_that_is_the_way(monkeypatch: pytest.MonkeyPatch, way: Capture) -> None:
+    asked: list[bool] = []
+
+    def traced_with(compiled: Callable[..., Any], *, more: bool) -> Callable[..., Any]:
+        asked.append(more)
+        return compiled
+
+    monkeypatch.setattr(module_of_calls, "traced_with", traced_with)
+    call = made(models.seeded(models.TinyDiT))
+    call.session.tracing.capture = call._capture = way
+    with torch.no_grad():
+        call(*models.example())
+    assert asked == [way is Capture.MORE]
+
+
 # Calls.
 
 
@@ -260,19 +276,20 @@ def test_where_torch_finds_no_place_to_write_to_each_call_tries_again(monkeypatc
 
 def test_a_call_within_a_call_of_the_same_model_is_a_part_of_it() -> None:
     module = models.seeded(models.TinyDiT)
-    inner: list[Tensor] = []
+    inner, under_way = list[Tensor](), list[bool]()
 
     def function(x: Tensor, t: Tensor) -> Tensor:
         if not inner:
             inner.append(x)
             inner.append(call(x, t))
+            under_way.append(call.session.is_under_way)
         return x + t
 
     call = made(module, function)
     call._compiled = function
     with torch.no_grad():
         assert torch.equal(call(torch.ones(1), torch.ones(1)), torch.full((1,), 2.0))
-    assert len(inner) == 2 and call.session.counters.calls == 1
+    assert len(inner) == 2 and under_way == [True] and call.session.counters.calls == 1
     assert active_session.get() is None and not call.session.is_under_way
 
 
