@@ -430,7 +430,7 @@ def test_several_unnamed_contexts_are_confirmed_by_the_second_step() -> None:
     clock.tick(9.0)
     assert not clock.is_unconfirmed(1, 2)
     clock.tick(9.0)
-    assert clock.is_unconfirmed(1, 2)
+    assert clock.is_unconfirmed(1, 1) and clock.is_unconfirmed(1, 2)
     assert not clock.is_unconfirmed(1, 3)
     assert not clock.is_unconfirmed("name", 2)
     assert shown([clock.begin_anew(8.0)]) == "2.1.1*!"
