@@ -17,11 +17,11 @@ from cache_dit.messages import CacheDitWarning, SaidOnce
 from cache_dit.options import resolve_options
 from cache_dit.runtime.buffers import ControlMark, WeightMark, allocate
 from cache_dit.runtime.clock import StepClock
-from cache_dit.runtime.correction import Past, _bounded, _relative_error, bytes_to_keep
+from cache_dit.runtime.correction import Past, _bounded, _relative_error, _settled, bytes_to_keep
 from cache_dit.runtime.corrector import Corrector, _replaced
 from cache_dit.runtime.operands import CacheOperands
 from cache_dit.runtime.signs import Signs
-from cache_dit.runtime.solvers import TimeCheck, solver_steps
+from cache_dit.runtime.solvers import SolverStep, TimeCheck, solver_steps
 
 CPU = torch.device("cpu")
 
@@ -130,6 +130,20 @@ def test_a_change_is_bounded_by_the_error_and_nothing_where_it_is_not_finite() -
     for value in (math.inf, math.nan):
         change[1] = value
         assert torch.equal(_bounded(change, output, torch.tensor(1.0)), torch.zeros(4))
+
+
+@pytest.mark.parametrize("q", [2.0, -2.0, 0.0])
+def test_a_step_whose_output_does_not_reach_the_state_settles_nothing(q: float) -> None:
+    """Else the output takes what the state deviates by, whichever sign the step gives it."""
+    step, output, state = SolverStep(a=1.0, b=4.0, c=0.0, p=1.0, q=q), torch.full((2,), 3.0), torch.full((2,), 8.0)
+    found, deviation = _settled(output, step, state, None)
+    if q == 0.0:
+        assert found is output and deviation is None
+        return
+    # b · deviation = −a · state, where deviation = p · state + q · change of the output
+    assert deviation is not None and torch.equal(deviation, torch.full((2,), -2.0))
+    torch.testing.assert_close(found, output - (deviation - step.p * state) / q)
+    assert _settled(output, step, None, None) == (output, None)
 
 
 def test_only_flow_models_have_timesteps_that_go_with_their_levels() -> None:
