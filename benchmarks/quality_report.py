@@ -97,7 +97,8 @@ def _shipped_table(lines: Sequence[Line], settings: Sequence[Setting]) -> str:
         ours = found["at_equal_work"]
         rows.append(
             f"- {setting.key()}: DBCache with TaylorSeer as it ships computes {found['computed']} of {found['steps']} steps, "
-            f"{found['work']:.2f} of all block calls, {found['psnr']:.1f} dB; adaptive at {ours['work']:.2f}: {ours['psnr']:.1f} dB"
+            f"{found['work']:.2f} of all block calls, {found['psnr']:.1f} dB; "
+            f"adaptive at {ours['work']:.2f}: {ours['psnr']:.1f} dB"
         )
     return "\n".join(rows) + "\n"
 

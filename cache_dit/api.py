@@ -112,7 +112,7 @@ def enable_cache(
 
     Raises:
         ValueError, TypeError: a wrong option; the model is untouched.
-        CacheDitError: no transformer blocks in the model.
+        CacheDitError: no transformer blocks in the model, or no place for torch's compiler to write to.
     """
     named = {name: value for name, value in locals().items() if name not in ("model", "unknown")}
     options = resolve_options({**named, **unknown})
@@ -168,7 +168,12 @@ _slots = threading.RLock()
 
 def _enable(module: torch.nn.Module, options: CacheOptions) -> None:
     session = Session(options, model_name(module), owns_calls=True)
-    call = CachedCall(module, session, owned_backend(options.program()))
+    try:
+        call = CachedCall(module, session, owned_backend(options.program()))
+    except OSError as error:
+        # torch makes the folder of its caches when its compiler is imported
+        details = f"{type(error).__name__}: {error}"
+        raise CacheDitError(text("no_folder", options.language, details=details)) from error
     call.join_ranks()
     with _slots:
         if _is_enabled(module):
@@ -360,7 +365,15 @@ def _sessions(model: object) -> list[Session]:
 def _warn_if_displaced(module: torch.nn.Module) -> None:
     """``module.compile()`` takes the slot that `enable_cache` took, and nothing of ours is called any more."""
     session = session_of_module(module)
-    if session is not None and session.enabled and session.in_slot and not _is_enabled(module):
+    # another thread may be in a call, or just taking the slot or giving it back: then the next question tells
+    if session is None or not session.lock.acquire(blocking=False):
+        return
+    try:
+        with _slots:
+            displaced = session.enabled and session.in_slot and not _is_enabled(module)
+    finally:
+        session.lock.release()
+    if displaced:
         session.said.warn("displaced")
 
 

@@ -192,6 +192,7 @@ class FallbackCompiler:
         self.__name__ = "cache_dit"
         self._program, self._language = program, language
         self._compile = inner_compiler(program.inner, mode, dict(program.inner_options))
+        self.gave_up = False
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         spare = copy_dynamo_graph(gm)
@@ -200,13 +201,22 @@ class FallbackCompiler:
         except Exception as error:
             if is_tracer_signal(error):
                 raise
-            if self._program.strict:
-                raise CacheDitError(text("inner_failed", self._language, inner=self._program.inner, why=error)) from error
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            warn("inner_failed", self._language, inner=self._program.inner, why=reason)
-            self._compile = inner_compiler("eager", None, {})
+            self.give_up(error)
             compiled = self._compile(spare, examples)
         return compiled
+
+    def give_up(self, error: Exception) -> None:
+        """From now on run graphs as traced.
+
+        Raises:
+            CacheDitError: the user wants no less than what was asked for.
+        """
+        if self._program.strict:
+            raise CacheDitError(text("inner_failed", self._language, inner=self._program.inner, why=error)) from error
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        warn("inner_failed", self._language, stacklevel=4, inner=self._program.inner, why=reason)
+        self.gave_up = True
+        self._compile = inner_compiler("eager", None, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +306,18 @@ def _plain(gm: fx.GraphModule, program: ProgramOptions, compile_inner: FallbackC
 
     def run(*args: Any) -> Any:
         if not found:
-            graph = copy_dynamo_graph(gm)
-            eager = program.inner == "eager"
-            found.append(forward_of(graph) if eager else torch.compile(graph, backend=compile_inner, dynamic=True))
+            found.append(compiled())
         return found[0](*args)
+
+    def compiled() -> Callable[..., Any]:
+        graph = copy_dynamo_graph(gm)
+        if program.inner != "eager" and not compile_inner.gave_up:
+            try:
+                return torch.compile(graph, backend=compile_inner, dynamic=True)
+            except OSError as error:
+                # the folder of torch's caches has gone, and cannot be made again
+                compile_inner.give_up(error)
+        return forward_of(graph)
 
     return run
 

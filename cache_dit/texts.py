@@ -203,6 +203,12 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "The cached blocks gave NaN or infinity: not stored, and never predicted from\n"
         "Remedy: check the inputs, the weights and the dtype (fp16 overflows easily)",
     ),
+    "no_folder": (
+        "torch.compile 没有可写的位置存放编译结果（{details}）；模型照常运行，未使用缓存\n"
+        "解决方案: 腾出磁盘空间，或让环境变量 TORCHINDUCTOR_CACHE_DIR 指向可写的文件夹",
+        "torch.compile has no place to write what it compiles to ({details}); the model runs as usual, without the cache\n"
+        "Remedy: free the disk, or set the environment variable TORCHINDUCTOR_CACHE_DIR to a folder that can be written to",
+    ),
     "out_of_memory": (
         "没有足够的内存存放缓存，本模型照常计算\n"
         "解决方案: 使用 residual_dtype=torch.bfloat16、residual_device='cpu' 或 forecast='reuse'",

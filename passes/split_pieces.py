@@ -57,8 +57,9 @@ def split_pieces(gm: fx.GraphModule) -> list[Piece] | Unsplit:
     Additions in place to a value that nothing else shares are made out of place first. Where memory that is written to is
     shared across a border, or a context (autocast) spans one, the pieces on both sides stay one.
 
-    *Refuses when* no blocks are marked, the graph calls modules or holds distributed tensors, or a value without an example
-    crosses a border.
+    A graph without marked blocks (all of them skipped, none to compute) is cut around what the cache made.
+
+    *Refuses when* the graph calls modules or holds distributed tensors, or a value without an example crosses a border.
 
     *Exact*: the same operations run in the same order.
     """
@@ -66,8 +67,6 @@ def split_pieces(gm: fx.GraphModule) -> list[Piece] | Unsplit:
     nodes = [node for node in gm.graph.nodes if is_compute(node)]
     if any(node.op == "call_module" for node in nodes):
         return Unsplit("calls_modules")
-    if not any(BLOCK in node.meta for node in nodes):
-        return Unsplit("no_blocks")
     if any(is_distributed(example_of(node)) for node in nodes):
         # the key of a piece knows nothing of meshes and placements
         return Unsplit("distributed")

@@ -37,10 +37,12 @@ def run(caller: Callable[..., Tensor], steps: int = 8, **more: Any) -> list[Tens
         return [caller(*inputs_at(step, **more)) for step in range(steps)]
 
 
-def assert_cached_run(caller: Callable[..., Tensor], reference: nn.Module, streams: Sequence[str] = ("x",)) -> None:
+def assert_cached_run(
+    caller: Callable[..., Tensor], reference: nn.Module, streams: Sequence[str] = ("x",), front: int = 1
+) -> None:
     """One run of a model, compared with caching written in eager over a copy of it."""
     reference = copy.deepcopy(reference)
-    eager = EagerCache(reference.blocks, streams)
+    eager = EagerCache(reference.blocks, streams, front)
     with torch.no_grad():
         for step, eager.skip in enumerate(FIXED_HITS):
             torch.testing.assert_close(caller(*inputs_at(step)), reference(*inputs_at(step)), rtol=1e-6, atol=1e-6)
@@ -435,5 +437,24 @@ def test_a_form_that_a_model_cannot_have_gives_way_and_says_why() -> None:
     with pytest.warns(CacheDitWarning, match=said), torch.no_grad():
         for step in range(8):
             model(models.example()[0], torch.full((models.BATCH,), 0.9 - 0.1 * step))
+    assert cache_dit.get_stats(model).hits == 3
+    assert "compiled as: specialize" in str(cache_dit.explain(model))
+
+
+def test_pieces_need_no_block_that_always_computes() -> None:
+    model = models.seeded(models.TinyDiT)
+    reference = copy.deepcopy(model)
+    cache_dit.enable_cache(model, lowering="pieces", front_blocks=0, **{**EXACT, "language": "en"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CacheDitWarning)
+        assert_cached_run(model, reference, front=0)
+    assert "compiled as: pieces" in str(cache_dit.explain(model))
+
+
+def test_pieces_of_a_part_that_is_named_are_one_program() -> None:
+    model = models.seeded(models.TinyDiT)
+    cache_dit.enable_cache(model, lowering="pieces", region=("blocks.1", "blocks.2"), **{**EXACT, "language": "en"})
+    with pytest.warns(CacheDitWarning, match="the region was given by module names, so no blocks are marked"):
+        run(model)
     assert cache_dit.get_stats(model).hits == 3
     assert "compiled as: specialize" in str(cache_dit.explain(model))

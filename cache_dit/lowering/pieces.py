@@ -14,6 +14,7 @@ from torch import fx
 
 from ..passes import Piece, Unsplit, split_pieces
 from ..passes.graph_values import example_of
+from ..passes.outline_region import BLOCK
 from ..passes.specialize_branch import specialize_branch
 from ..runtime.program import FlatCall, Programs
 from ..torch_internals import copy_dynamo_graph, fill_examples, keep_dynamo_attributes, record_rewrite
@@ -26,9 +27,12 @@ def lower_pieces(
     """Compile each distinct piece once, those of the skipped step first (see :mod:`.specialize`).
 
     Raises:
-        Unsuited: the graph cannot be cut, or has no two pieces alike.
+        Unsuited: the graph cannot be cut, has no marked blocks, or no two pieces alike.
     """
     cuts = {compute: _Cut.of(gm, compute) for compute in (False, True)}
+    # where no block always computes, the graph of a skipped step has none; that of a computed one has them all
+    if not cuts[True].holds_blocks:
+        raise Unsuited("no_blocks")
     computed = cuts[True].pieces
     if len({piece.key for piece in computed}) == len(computed):
         raise Unsuited("nothing_alike")
@@ -74,6 +78,11 @@ class _Cut:
         record_rewrite("specialize_branch", folded, graph)
         record_rewrite("split_pieces", len(pieces), graph)
         return cls(graph, pieces)
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether blocks are marked in the graph."""
+        return any(BLOCK in node.meta for node in self._graph.graph.nodes)
 
     def driver(self, programs: dict[Hashable, Callable[..., Any]]) -> FlatCall:
         """A function that calls the pieces in order and lets go of every value behind its last use."""

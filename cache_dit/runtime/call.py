@@ -58,9 +58,11 @@ class CachedCall:
         self._hooks = HookWatch()
         self._time_arguments = _time_arguments(module)
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        compiler: Any = torch.compiler
+        # Dynamo answers the question by itself where it can, in torch 2.11 with True whatever it traces for
+        compiler.assume_constant_result(_is_exporting)
         # a compiler around the model must not trace into the runtime; under fullgraph=True it prints the reason
-        disable: Any = torch.compiler.disable
-        self._call: Callable[..., Any] = disable(
+        self._call: Callable[..., Any] = compiler.disable(
             self._bracketed, reason=text("compiles_itself", session.options.language)
         )
 
@@ -80,7 +82,7 @@ class CachedCall:
             setattr(self._module, COMPILE_SLOT, self._replaced)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             # what is exported is the model; `export` keeps the cache
             return self._function(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling() or frames_are_compiled():
@@ -111,7 +113,8 @@ class CachedCall:
             compiled = self._compiled
             if compiled is None:
                 self._skip_tracing_in_vain()
-                compiled = self._compiled = self._compile()
+                self._compiled = self._compile()
+                compiled = self._compiled or self._function
             outer = active_session.get()
             # an interrupt may come between any two lines: what it leaves behind must not be taken for a call under way
             try:
@@ -162,9 +165,25 @@ class CachedCall:
         if tracing.capture is Capture.DEFAULT and tracing.blocks_may_help and loads_parts_by_hooks(self._module):
             tracing.capture = self._capture = Capture.BLOCKS
 
-    def _compile(self) -> Callable[..., Any]:
-        """The model compiled in the way that the session says."""
-        way, backend = self.session.tracing.capture, self._backend
+    def _compile(self) -> Callable[..., Any] | None:
+        """The model compiled in the way that the session says; None where torch has no place for what it compiles."""
+        tracing = self.session.tracing
+        try:
+            compiled = self._compiled_as(tracing.capture)
+        except OSError as error:
+            # `torch.compile` makes the folder of its caches before anything else (seen in 2.13): the next call tries again
+            tracing.no_folder = f"{type(error).__name__}: {error}"
+            return None
+        except Exception:
+            if not tracing.no_folder:
+                raise
+            # torch gave up in the middle of an import, and cannot do it again
+            return self._function
+        tracing.no_folder = ""
+        return compiled
+
+    def _compiled_as(self, way: Capture) -> Callable[..., Any]:
+        backend = self._backend
         self._leave_blocks()
         if way is Capture.BLOCKS:
             # not before it is needed: it imports the backend's half of the package
@@ -197,6 +216,10 @@ class CachedCall:
             if value is not None:
                 return read_time(value)
         return None
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def _time_arguments(module: torch.nn.Module) -> list[tuple[str, int | None]]:

@@ -215,7 +215,7 @@ class StepClock:
 
     def _run_for(self, last: int | None) -> int:
         """The run a context (re)starts in: the session's newest, unless the context was in that one already."""
-        if self.run == 0 or last == self.run or (last is None and not self.running):
+        if last == self.run or (last is None and not self.running):
             if last is not None:
                 self._forget_schedule()
             self.run += 1
@@ -247,7 +247,7 @@ class StepClock:
         if self._unnamed is not None:
             self._forget_schedule()
             self.run += 1
-        elif self.run == 0 or not self._named:
+        elif not self._named:
             self.run += 1
         self._unnamed = _Unnamed(_Course(self.run, time, time), count=1, settled=time is None, partial=partial)
         return Tick(self.run, 1, 1, True, broke)

@@ -45,15 +45,14 @@ def session_of_parameter(parameter: torch.Tensor, options: CacheOptions) -> Sess
 
     A graph does not say which module it was traced from: the session gets the model's name when somebody asks with it.
     """
-    sessions: list[Session] | None = _of_parameter.get(parameter)
-    if sessions is None:
-        with _lock:
-            sessions = _of_parameter.setdefault(parameter, [])
-    for session in sessions:
-        if session.options is options:
-            return session
-    sessions.append(Session(options, f"Module_{id(parameter)}", owns_calls=False))
-    return sessions[-1]
+    # held throughout: two threads that call a model for the first time must not make two sessions
+    with _lock:
+        sessions: list[Session] = _of_parameter.setdefault(parameter, [])
+        for session in sessions:
+            if session.options is options:
+                return session
+        sessions.append(Session(options, f"Module_{id(parameter)}", owns_calls=False))
+        return sessions[-1]
 
 
 def sessions_of(module: torch.nn.Module) -> list[Session]:

@@ -755,7 +755,9 @@ class Session:
             self.counters.refuse("eager_context")
             return
         reasons = [graph.report for graph in self.tracing.uncached]
-        if self.tracing.capture is Capture.BLOCKS:
+        if self.tracing.no_folder:
+            key = "no_folder"
+        elif self.tracing.capture is Capture.BLOCKS:
             key = "grad_mode" if torch.is_grad_enabled() else "no_region"
         elif forward.uncached == 0:
             key = "not_compiled"
@@ -772,8 +774,11 @@ class Session:
         if key == "no_region" and not self.tracing.holds_main_list() and self.tracing.tries_another_way():
             return
         details = "; ".join(dict.fromkeys(report.refusal_text(self.options.language) for report in reasons))
-        if self.options.strict and key == "no_region":
-            raise NoBlocksError(text(key, self.options.language, details=details))
+        if key == "no_folder":
+            details = self.tracing.no_folder
+        if self.options.strict and key in ("no_region", "no_folder"):
+            error = NoBlocksError if key == "no_region" else CacheDitError
+            raise error(text(key, self.options.language, details=details))
         self.said.warn(key, details=details)
 
     def _count_uncached_step(self, forward: Forward) -> None:

@@ -30,9 +30,11 @@ class CallTimer:
         self.booked: Callable[[float], None] | None = None
 
     def watch(self, device: torch.device) -> None:
-        """Say where the model runs."""
-        if device.type != "cpu" and self._device != device:
-            self._device = device
+        """Say where the model runs. The call in which it is found elsewhere than before is timed on the host's clock."""
+        wanted = None if device.type == "cpu" else device
+        if wanted != self._device:
+            # events of two devices have no time between them
+            self._device, self._open = wanted, None
 
     def start(self) -> None:
         """Begin a call."""

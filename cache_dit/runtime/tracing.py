@@ -36,6 +36,8 @@ class Tracing:
         self.main_list: str | None = None
         # whether there are blocks that could each cache its own part
         self.blocks_may_help = False
+        # why torch could not begin to compile, if so
+        self.no_folder = ""
         # set where the same way of tracing has to begin anew
         self.must_begin_anew = False
         self._language = language

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -211,6 +212,34 @@ def test_two_pipelines_share_a_cached_transformer(flux: Any) -> None:
         torch.testing.assert_close(text.sample(flux), wanted[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(picture.sample(from_picture), wanted[1], rtol=1e-5, atol=1e-6)
         assert counts(flux) == counts(from_picture) == (2 * run, 16 * run, 32 * run, 12 * run)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pipeline: pickle.loads(pickle.dumps(pipeline))])
+def test_a_copy_of_a_whole_pipeline_is_uncached_and_can_be_enabled(flux: Any, duplicate: Callable[[Any], Any]) -> None:
+    """Also where it is taken in the middle of a generation, as a server's worker may."""
+    plain, by_hand = tiny.FLUX.sample(flux), tiny.FLUX.sample(tiny.FLUX.cached_by_hand(flux))
+    cache_dit.enable_cache(flux, **EXACT)
+    copies = []
+
+    def taken(pipeline: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 4:
+            copies.append(duplicate(pipeline))
+        return values
+
+    family = dataclasses.replace(tiny.FLUX, call={**tiny.FLUX.call, "callback_on_step_end": taken})
+    torch.testing.assert_close(family.sample(flux), by_hand, rtol=1e-5, atol=1e-6)
+    (copied,) = copies
+    assert cached_parts(copied) == [] and cached_parts(flux) == ["transformer"]
+    before = counts(flux)
+    assert torch.equal(tiny.FLUX.sample(copied), plain)
+    assert counts(flux) == before
+    cache_dit.enable_cache(copied, **EXACT)
+    for pipeline in (copied, flux):
+        torch.testing.assert_close(tiny.FLUX.sample(pipeline), by_hand, rtol=1e-5, atol=1e-6)
+    assert counts(copied) == before
+    cache_dit.disable_cache(flux)
+    torch.testing.assert_close(tiny.FLUX.sample(copied), by_hand, rtol=1e-5, atol=1e-6)
+    assert torch.equal(tiny.FLUX.sample(flux), plain)
 
 
 @pytest.mark.parametrize(("steps", "hits"), [(1, 0), (2, 0), (3, 0), (4, 1)])

@@ -23,7 +23,6 @@ from tests.models import (
     seeded,
     traced,
     traced_stack,
-    traced_variant,
 )
 
 
@@ -135,8 +134,13 @@ def test_sizes_travel_with_the_tensors_that_need_them() -> None:
     assert keys(cut(captured)) == [0, 1, 1, 1, 1, 2, 3]
 
 
-def test_named_modules_and_module_calls_are_refused() -> None:
-    assert split_pieces(specialized(traced_variant("stack"), named=("blocks.1", "head"))) == Unsplit("no_blocks")
+def test_without_a_block_to_compute_the_cut_is_around_the_prediction() -> None:
+    """All blocks are skipped: the embedding (without that of the time), the prediction, the head of a computed step."""
+    computed, skipped = (cut(traced_stack(4), compute, front=0) for compute in (True, False))
+    assert keys([*computed, *skipped]) == [0, 1, 1, 1, 1, 2, 3, *(4, 5, 3)]
+
+
+def test_module_calls_are_refused() -> None:
     gm = specialized(traced_stack(4))
     gm.add_submodule("extra", nn.Identity())
     output = next(iter(reversed(gm.graph.nodes)))

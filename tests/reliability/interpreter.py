@@ -21,12 +21,16 @@ class Staged(Protocol):
 
 
 class Interpreter:
-    """Runs the blocks [front, depth - back), or adds what they added when they last ran, as the fixed strategy says."""
+    """Runs the blocks [front, depth - back), or adds what they added when they last ran, as the fixed strategy says.
+
+    ``whole``: gives what they gave, and adds nothing.
+    """
 
     def __init__(
-        self, model: Staged, front: int, back: int, warmup: int, interval: int, most: int, schedule: str | None
+        self, model: Staged, front: int, back: int, warmup: int, interval: int, most: int, schedule: str | None, whole: bool
     ) -> None:
         self.model, self.cached, self.schedule = model, range(front, model.depth - back), schedule
+        self.whole = whole
         self.warmup, self.interval, self.most = warmup, interval, most
         self.begin_run()
 
@@ -57,7 +61,7 @@ class Interpreter:
         state, entered = self.model.before(x, t), list[State]()
         for place in range(self.model.depth):
             if place == self.cached.start:
-                base = state
+                base = tuple(map(torch.zeros_like, state)) if self.whole else state
             if place in self.cached and skips:
                 state = tuple(b + a for b, a in zip(base, self.added, strict=True))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -256,7 +257,61 @@ def test_a_broken_compile_cache_on_disk_costs_time_alone(tmp_path: Path, damage:
     run()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_without_a_place_for_what_is_compiled_the_model_runs_and_is_cached_once_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    folder, plan = tmp_path / "cache", Plan(10, falling(8))
+    folder.write_text("a file in its place")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    model = enabled({**EXACT, "strict": strict})
+    if strict:
+        with pytest.raises(cache_dit.CacheDitError, match="TORCHINDUCTOR_CACHE_DIR"):
+            generate(plan, model)
+    else:
+        with pytest.warns(CacheDitWarning, match="TORCHINDUCTOR_CACHE_DIR") as said:
+            assert same(generate(plan, model), generate(plan, prompted()))
+        assert len(said) == 1 and str(folder) in str(said[0].message)
+        assert cache_dit.get_stats(model).refused == {"no_folder": 8} and hits_of(model) == 0
+    folder.unlink()
+    generate(plan, model)
+    assert hits_of(model) == 3
+
+
+UNWRITABLE = {
+    # not even where the folder is there already
+    "no byte": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",
+    "no folder": "import os; os.environ['TORCHINDUCTOR_CACHE_DIR'] = '/proc/cache_dit'",
+}
+UNCACHED = """
+import warnings
+with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    try:
+        cache_dit.enable_cache(model, warmup_steps=1, noise_scale=0.0, language="en")
+    except cache_dit.CacheDitError as error:
+        print("refused:", error)
+    for step in range(6):
+        assert torch.equal(model(x + step, torch.tensor(1.0 - step / 8)), model.forward(x + step, torch.tensor(1.0 - step / 8)))
+print("said:", *(each.message for each in said if issubclass(each.category, cache_dit.messages.CacheDitWarning)))
+"""
+
+
+@pytest.mark.parametrize("fault", UNWRITABLE)
+def test_where_nothing_can_be_written_the_model_runs_as_it_is(tmp_path: Path, fault: str) -> None:
+    """A disk that is full or read-only: found when torch's compiler is imported, or at the first call."""
+    code = UNWRITABLE[fault] + INDUCTOR.partition("cache_dit.enable_cache")[0] + UNCACHED
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused, _, said = done.stdout.rpartition("said:")
+    told = said if fault == "no byte" else refused
+    assert told.count("TORCHINDUCTOR_CACHE_DIR") == 1 and done.stdout.count("TORCHINDUCTOR_CACHE_DIR") == 1
+
+
 DAMAGES = {
+    "a file": "shutil.rmtree(folder); folder.write_text('in its place')",
+    "no byte": "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",
     "spoilt": "[f.write_bytes(b'spoilt') for f in folder.rglob('*') if f.is_file() and f.suffix != '.so']",
     "removed": "shutil.rmtree(folder)",
 }
@@ -291,6 +346,46 @@ def test_a_compile_cache_that_breaks_in_mid_session(tmp_path: Path, damage: str)
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split("hits")[1:] == [" 3\n", " 12\n"]
+
+
+# Signals.
+
+
+SIGNALLED = """
+import os, signal, sys, torch, cache_dit
+from tests import models
+HANDLER
+model = models.seeded(models.TinyDiT)
+cache_dit.enable_cache(model, inner="eager", warmup_steps=1)
+x, t = models.example()
+with torch.no_grad():
+    for step in range(100_000):
+        model(x, t - 0.05 * (step % 18))
+        if step == 20:
+            print("running", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "code"),
+    [
+        ("", -signal.SIGTERM),
+        ("signal.signal(signal.SIGTERM, lambda *about: sys.exit(3))", 3),
+        ("signal.signal(signal.SIGTERM, lambda *about: (cache_dit.disable_cache(model), sys.exit(4)))", 4),
+    ],
+)
+def test_a_process_that_is_told_to_end_in_mid_run_ends_as_without_us(handler: str, code: int) -> None:
+    command = [sys.executable, "-c", SIGNALLED.replace("HANDLER", handler)]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            assert process.stdout.readline() == "running\n", process.stderr.read()[-3000:]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == code
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
 
 
 # Values that are not finite.

@@ -238,6 +238,33 @@ def test_threads_that_turn_caching_on_and_off_leave_the_slot_as_it_was() -> None
     assert hits(model, 0, 1, 2) == [False, True, True]
 
 
+@pytest.mark.parametrize("what", ["install", "remove"])
+def test_who_asks_while_another_thread_turns_caching_on_or_off_hears_nothing_of_a_compile(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """For a moment the session is in force and the slot is empty, as it is where `model.compile()` took it."""
+    model, asking = models.seeded(models.TinyDiT), list[threading.Thread]()
+    change = getattr(CachedCall, what)
+
+    def changed(self: CachedCall) -> None:
+        if what == "remove":
+            change(self)
+        asking.append(threading.Thread(target=cache_dit.summary, args=(model,)))
+        asking[0].start()
+        asking[0].join(0.2)
+        if what == "install":
+            change(self)
+
+    monkeypatch.setattr(CachedCall, what, changed)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        cache_dit.enable_cache(model, **GREEDY)
+        cache_dit.disable_cache(model)
+        asking[0].join(30)
+    assert len(asking) == 1 and not asking[0].is_alive()
+    assert [str(each.message) for each in said] == []
+
+
 # What torch may do with a call beside computing it.
 
 

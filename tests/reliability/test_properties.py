@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -102,12 +102,23 @@ options = st.fixed_dictionaries(
         "lowering": st.sampled_from(["specialize", "pieces", "cond"]),
     }
 )
+# Skips whenever it may.
+GREEDY: dict[str, Any] = {
+    "front_blocks": 1,
+    "back_blocks": 0,
+    "warmup_steps": 0,
+    "skip_interval": 2,
+    "max_consecutive_hits": 3,
+    "schedule": "10000000",
+    "lowering": "specialize",
+}
 names_of_events = [*["call"] * 8, "jump", "new_run", "weights", "batch", "fault", "again"]
 events = st.lists(st.sampled_from(names_of_events), min_size=6, max_size=24)
 
 
 @pytest.mark.slow
 @given(kind=st.sampled_from(KINDS), depth=st.integers(0, 5), options=options, events=events)
+@example(kind="skips", depth=4, options=GREEDY, events=["call"] * 6)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_stack_gives_what_the_interpreter_gives(kind: str, depth: int, options: dict[str, Any], events: list[str]) -> None:
     # a block used twice has its two places counted as one name: skipped outputs are those of no simple interpreter
@@ -125,7 +136,8 @@ def test_any_stack_gives_what_the_interpreter_gives(kind: str, depth: int, optio
             assert len(model.blocks) < 2
             return
         rules = [options[name] for name in ("warmup_steps", "skip_interval", "max_consecutive_hits", "schedule")]
-        interpreter = Interpreter(model, front, back, *rules)
+        # a stream that a long skip is mixed into is cached whole
+        interpreter = Interpreter(model, front, back, *rules, whole=kind == "skips")
         step, batch = 0, 2
         for n, event in enumerate(events):
             # a timestep repeated by the second call of a run would be a second context

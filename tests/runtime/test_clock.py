@@ -17,8 +17,9 @@ Call = float | tuple[float | None, str] | None
 
 
 def ticked(clock: StepClock, calls: Iterable[Call]) -> list[Tick]:
-    """Make calls: a timestep, or a timestep with the name of its context."""
-    return [clock.tick(*call) if isinstance(call, tuple) else clock.tick(call) for call in calls]
+    """Make calls: a timestep, or a timestep with the name of its context. Each is read anew, so another object."""
+    named = [call if isinstance(call, tuple) else (call, None) for call in calls]
+    return [clock.tick(None if time is None else float(str(time)), name) for time, name in named]
 
 
 def shown(ticks: Iterable[Tick]) -> str:
@@ -230,6 +231,13 @@ def test_a_jump_to_a_level_that_the_run_lists_is_a_step() -> None:
     assert shown(ticked(clock, [(s, "a") for s in SIGMAS[:-1]])) == "2.a.1* 2.a.2 2.a.3 2.a.4 2.a.5"
 
 
+def test_a_jump_above_the_first_level_does_not_turn_the_run_around() -> None:
+    levels = (8.0, 5.0, 9.0, 6.0, 3.0, 0.0)
+    clock = StepClock()
+    clock.new_run(sigmas=levels)
+    assert shown(ticked(clock, levels[:-1])) == "1.1.1* 1.1.2 1.1.3 1.1.4 1.1.5"
+
+
 def test_a_jump_to_any_other_level_begins_a_run_that_has_no_levels() -> None:
     clock = StepClock()
     clock.new_run(num_steps=5, sigmas=SIGMAS)
@@ -400,7 +408,13 @@ def test_the_jumps_of_a_list_are_its_steps_against_its_direction(
 
 @pytest.mark.parametrize(
     ("sigmas", "steps"),
-    [([9, 5, 8, 8, 6, 0], [3]), ([0, 4, 1, 1, 3, 9], [3]), ([9, 7, 5, 3, 1, 0], []), ([9, 5, 8, 4, 6, 0], [3, 5])],
+    [
+        ([9, 5, 8, 8, 6, 0], [3]),
+        ([0, 4, 1, 1, 3, 9], [3]),
+        ([9, 7, 5, 3, 1, 0], []),
+        ([9, 5, 8, 4, 6, 0], [3, 5]),
+        ([5, 8, 3, 0], [2]),
+    ],
 )
 def test_the_steps_at_which_the_levels_jump_back(sigmas: list[float], steps: list[int]) -> None:
     clock = StepClock()
@@ -416,7 +430,7 @@ def test_several_unnamed_contexts_are_confirmed_by_the_second_step() -> None:
     clock.tick(9.0)
     assert not clock.is_unconfirmed(1, 2)
     clock.tick(9.0)
-    assert clock.is_unconfirmed(1, 2)
+    assert clock.is_unconfirmed(1, 1) and clock.is_unconfirmed(1, 2)
     assert not clock.is_unconfirmed(1, 3)
     assert not clock.is_unconfirmed("name", 2)
     assert shown([clock.begin_anew(8.0)]) == "2.1.1*!"

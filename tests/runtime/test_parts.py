@@ -18,11 +18,11 @@ from cache_dit.messages import CacheDitWarning, SaidOnce
 from cache_dit.options import resolve_options
 from cache_dit.runtime.buffers import ControlMark, WeightMark, allocate
 from cache_dit.runtime.clock import StepClock
-from cache_dit.runtime.correction import Past, _bounded, _relative_error, bytes_to_keep
+from cache_dit.runtime.correction import Past, _bounded, _relative_error, _settled, bytes_to_keep
 from cache_dit.runtime.corrector import Corrector, _replaced
 from cache_dit.runtime.operands import CacheOperands
 from cache_dit.runtime.signs import Signs
-from cache_dit.runtime.solvers import TimeCheck, solver_steps
+from cache_dit.runtime.solvers import SolverStep, TimeCheck, solver_steps
 
 CPU = torch.device("cpu")
 
@@ -49,11 +49,32 @@ def test_buffers_have_a_place_for_each_live_out_step_and_statistic(front: Residu
         assert (tuple(store.front.shape), store.front.dtype) == ((5, 7), torch.float16)
 
 
+def test_a_computed_step_takes_the_place_of_the_oldest_and_leaves_what_it_measured_unread() -> None:
+    store = allocate(CacheInputs((buffer(), buffer()), 3, None, torch.float32, CPU), ((2, 3), (2, 3)), (), ())
+    first, empty = [list(history) for history in store.residuals], store.measured
+    seen = []
+    for step in (1, 4, 6, 13):
+        values = torch.full((1,), float(step))
+        store.computed(Point(step, 0.5), values)
+        assert store.pending is not None and store.pending.values is store.measured is values
+        seen.append(([point.step for point in store.points], store.gap, [point.step for point in store.pending.before]))
+    assert seen == [([1], None, []), ([4, 1], 3, [1]), ([6, 4, 1], 2, [4, 1]), ([13, 6, 4], 7, [6, 4, 1])]
+    # four times round three places
+    for history, (a, b, c) in zip(store.residuals, first, strict=True):
+        assert [id(tensor) for tensor in history] == [id(c), id(a), id(b)]
+    store.drop_newest(empty)
+    assert [point.step for point in store.points] == [6, 4] and store.gap is None and store.measured is empty
+    store.forget()
+    assert store.points == () and store.pending is None
+
+
 def test_weights_match_where_they_are_the_same_tensors_unwritten() -> None:
     weights = [torch.ones(2), torch.ones(2)]
     mark = WeightMark(weights)
     assert mark.matches(weights)
     assert not mark.matches(weights[:1]) and not mark.matches([*weights, torch.ones(2)]) and not mark.matches(weights[::-1])
+    # whichever was made later
+    assert not any(WeightMark([weights[i]]).matches([weights[1 - i]]) for i in range(2))
     weights[1].add_(1)
     assert not mark.matches(weights)
     # nothing counts the writes to inference tensors; that they are the same is known
@@ -112,6 +133,20 @@ def test_a_change_is_bounded_by_the_error_and_nothing_where_it_is_not_finite() -
         assert torch.equal(_bounded(change, output, torch.tensor(1.0)), torch.zeros(4))
 
 
+@pytest.mark.parametrize("q", [2.0, -2.0, 0.0])
+def test_a_step_whose_output_does_not_reach_the_state_settles_nothing(q: float) -> None:
+    """Else the output takes what the state deviates by, whichever sign the step gives it."""
+    step, output, state = SolverStep(a=1.0, b=4.0, c=0.0, p=1.0, q=q), torch.full((2,), 3.0), torch.full((2,), 8.0)
+    found, deviation = _settled(output, step, state, None)
+    if q == 0.0:
+        assert found is output and deviation is None
+        return
+    # b · deviation = −a · state, where deviation = p · state + q · change of the output
+    assert deviation is not None and torch.equal(deviation, torch.full((2,), -2.0))
+    torch.testing.assert_close(found, output - (deviation - step.p * state) / q)
+    assert _settled(output, step, None, None) == (output, None)
+
+
 def test_only_flow_models_have_timesteps_that_go_with_their_levels() -> None:
     for prediction in ("epsilon", "v"):
         check = TimeCheck([0.9, 0.5, 0.1], prediction)
@@ -158,6 +193,16 @@ def test_operands_are_made_once_for_a_value_and_not_kept_without_end(monkeypatch
     # three are kept, and three more may be: then all of them go
     assert all(made(other)[0] is pred for other in (8, 9, 10))
     assert made(11)[0] is pred and made(12)[0] is not pred
+    monkeypatch.setattr("cache_dit.runtime.operands.MAX_KEPT", 300)
+    assert max(len(operands._kept) for key in range(400) if made(key)) == 300
+
+
+@pytest.mark.parametrize(("history", "weights"), [(1, ()), (1, (1.0,)), (2, (1.0,)), (3, (2.0, -1.0)), (4, (3.0, -3.0, 1.0))])
+def test_weights_fill_the_place_of_every_residual(history: int, weights: tuple[float, ...]) -> None:
+    inputs = CacheInputs((buffer(),), history, None, torch.float64, CPU)
+    pred, control, _, _ = CacheOperands(0.25).make(inputs, skip=not weights, weights=weights, key=0, measured=torch.zeros(1))
+    assert bool(pred) is bool(weights)
+    assert control.dtype == torch.float64 and control.tolist() == [*weights, *[0.0] * (history - len(weights)), 0.25]
 
 
 def corrector(monkeypatch: pytest.MonkeyPatch, **options: object) -> Corrector:
