@@ -73,8 +73,8 @@ def test_after_a_call_it_names_blocks_values_and_bytes() -> None:
     [
         ({}, 1),
         ({"forecast": "taylor", "order": 2}, 3),
-        # the front's output, and a second residual where skipped steps may be corrected
-        ({"strategy": "adaptive"}, 3),
+        # the front's output, and two residuals more where skipped steps may be corrected
+        ({"strategy": "adaptive"}, 4),
         ({"strategy": "adaptive", "correction": False}, 2),
         ({"residual_dtype": "bfloat16"}, 0.5),
     ],

@@ -218,7 +218,7 @@ def test_ranks_are_joined_once_where_there_are_several(
 def test_more_is_captured_only_where_that_is_the_way(monkeypatch: pytest.MonkeyPatch, way: Capture) -> None:
     asked: list[bool] = []
 
-    def traced_with(compiled: Callable[..., Any], *, more: bool) -> Callable[..., Any]:
+    def traced_with(compiled: Callable[..., Any], *, more: bool, hooks: bool) -> Callable[..., Any]:
         asked.append(more)
         return compiled
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cache_dit.runtime.signs import Signs
+from cache_dit.runtime.signs import Signs, current_caller
 
 
 def tensors(count: int) -> list[Tensor]:
@@ -20,7 +20,7 @@ def tensors(count: int) -> list[Tensor]:
 def noted(*calls: list[Tensor]) -> Signs:
     signs = Signs()
     for step, given in enumerate(calls, 1):
-        signs.note(step, given)
+        signs.note(step, current_caller(), given)
     return signs
 
 
@@ -32,38 +32,38 @@ def in_thread(work: Callable[[], None]) -> None:
 
 def test_another_thread_is_another_caller() -> None:
     signs, found = Signs(), list[bool]()
-    assert not signs.has_other_caller()
-    signs.note(1, [])
-    assert not signs.has_other_caller()
-    in_thread(lambda: found.append(signs.has_other_caller()))
+    assert not signs.has_other_caller(current_caller())
+    signs.note(1, current_caller(), [])
+    assert not signs.has_other_caller(current_caller())
+    in_thread(lambda: found.append(signs.has_other_caller(current_caller())))
     assert found == [True]
     signs.forget()
-    in_thread(lambda: found.append(signs.has_other_caller()))
+    in_thread(lambda: found.append(signs.has_other_caller(current_caller())))
     assert found == [True, False]
 
 
 def test_a_thread_that_has_gone_is_another_caller_than_the_next_one() -> None:
     signs = Signs()
-    in_thread(lambda: signs.note(1, []))
+    in_thread(lambda: signs.note(1, current_caller(), []))
     gc.collect()
-    assert signs.has_other_caller()
+    assert signs.has_other_caller(current_caller())
 
 
 def test_another_task_of_one_thread_is_another_caller() -> None:
     signs, found = Signs(), list[bool]()
 
     async def ask() -> None:
-        found.append(signs.has_other_caller())
+        found.append(signs.has_other_caller(current_caller()))
 
     async def generate() -> None:
-        signs.note(1, [])
+        signs.note(1, current_caller(), [])
         await asyncio.sleep(0)
         await ask()
         await asyncio.create_task(ask())
 
     asyncio.run(generate())
     assert found == [False, True]
-    assert signs.has_other_caller()
+    assert signs.has_other_caller(current_caller())
 
 
 def test_an_argument_is_steady_from_the_second_call_on_until_it_is_another_one() -> None:
@@ -92,7 +92,7 @@ def test_what_was_forgotten_is_no_sign() -> None:
     signs = noted([a], [a])
     signs.forget()
     assert signs.steady() == [] and signs.same([a]) == [] and not signs.differ(signs.same([b]))
-    signs.note(1, [b])
+    signs.note(1, current_caller(), [b])
     assert signs.steady() == [] and not signs.differ(signs.same([a]))
 
 
@@ -118,7 +118,7 @@ def test_contexts_at_the_same_step_are_found_however_many_there_are() -> None:
     signs, other = Signs(), Signs()
     for each, prompt in ((signs, mine), (other, theirs)):
         for step in range(999, 1001):
-            each.note(step, [prompt])
+            each.note(step, current_caller(), [prompt])
     assert signs.belong_to([other], [theirs], signs.same([theirs]))
 
 
