@@ -470,7 +470,6 @@ def test_what_is_not_finite_is_dropped_and_said_once() -> None:
     ((_, store),) = driven.session.contexts[1].stores.items()
     assert len(said) == 1 and driven.session.counters.nonfinite == 2
     assert [point.step for point in store.points] == [4, 1]
-    assert driven.session.statistics().forecast_errors == 0
     assert driven.hits(0.5) == "1" and driven.session.statistics().forecast_errors == 1
 
 
