@@ -655,7 +655,9 @@ class Session:
         if wanted != "auto":
             return wanted
         # where the sampler adds noise again, what a forecast erred by before says nothing of what follows
-        return "reuse" if self.clock.restarts else choose_forecast(store.errors)
+        if self.clock.restarts:
+            return "reuse"
+        return choose_forecast(store.errors, corrected=self._corrector.steps is not None)
 
     def _read_all(self, context: Context) -> None:
         for store in context.stores.values():
