@@ -263,7 +263,9 @@ def language_of(name: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_examples_run(name: str, as_documented: pytest.MonkeyPatch) -> None:
+def test_examples_run(name: str, as_documented: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # some write files
+    as_documented.chdir(tmp_path)
     language = language_of(name)
     as_documented.setenv(LANGUAGE_VARIABLE, language)
     names: dict[str, Any] = {"__name__": "example", "denoise": denoise, "x": noise(), "model": new_model()}
