@@ -92,8 +92,8 @@ def calibrate(model: Any, run: Callable[[], object], **options: Any) -> Calibrat
     """Profile one ordinary run: how much the cached blocks' residual changes from each step to the next.
 
     The calibration can be given to `enable_cache` as ``calibration=``, itself or as the file that ``save`` wrote; the
-    adaptive strategy with a ``target_speedup`` then places the computed steps at even distances of the measured change
-    instead of those of the noise levels. A static clock, as SmoothCache (arXiv 2411.10510, 2024) has thresholds from one.
+    adaptive strategy with a ``target_speedup`` then places the computed steps by the measured change instead of by the
+    noise levels and steps. A static clock, as SmoothCache (arXiv 2411.10510, 2024) has thresholds from one.
 
     Args:
         model: an ``nn.Module``, or a diffusers pipeline of one denoiser, without caching; it is as before afterwards.
