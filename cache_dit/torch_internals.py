@@ -41,7 +41,7 @@ _EVAL_FRAME, _CONVERT_FRAME, _MODULE_CALL = (
 )
 
 
-TESTED_VERSIONS = ("2.11", "2.13")
+TESTED_VERSIONS = ("2.11", "2.13", "2.14")
 # module: what of it is used. The error names those that are gone.
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "torch._C": ("_get_tracing_state", "_len_torch_dispatch_stack"),
