@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .decision import Decision, StepView
 from .placement import computed_count, noise_levels
@@ -24,14 +25,20 @@ class SigmaSpaced:
         steps = view.run_length()
         if steps is None or view.step > steps:
             return Decision(False, "placement")
-        levels = noise_levels(steps, view.sigmas)
-        return Decision(view.step - 1 not in evenly_spaced(levels, computed_count(steps, self.target_speedup)), "placement")
+        sigmas = None if view.sigmas is None else tuple(view.sigmas)
+        placed = _placed(steps, sigmas, computed_count(steps, self.target_speedup))
+        return Decision(view.step - 1 not in placed, "placement")
 
     def never_skips(self) -> bool:
         return self.target_speedup <= 1.0
 
     def notes(self) -> list[str]:
         return []
+
+
+@lru_cache(maxsize=64)
+def _placed(num_steps: int, sigmas: tuple[float, ...] | None, count: int) -> frozenset[int]:
+    return frozenset(evenly_spaced(noise_levels(num_steps, sigmas), count))
 
 
 def evenly_spaced(levels: Sequence[float], count: int) -> list[int]:

@@ -156,6 +156,17 @@ def test_a_third_residual_close_behind_the_second_is_left_out(
     assert correction._degree(stored) == degree
 
 
+def test_auto_is_a_line_where_steps_are_corrected() -> None:
+    by_choice, by_name, uncorrected = (
+        sampled(
+            cache_dit.enable_cache(tiny(), **{**OPTIONS, "forecast": forecast, "correction": correction_, "schedule": "101001"})
+        )[0]
+        for forecast, correction_ in (("auto", True), ("lagrange", True), ("auto", False))
+    )
+    assert torch.equal(by_choice, by_name)
+    assert not torch.equal(by_choice, uncorrected)
+
+
 def test_what_the_caller_does_to_inputs_and_outputs_does_not_matter() -> None:
     model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
     kept, _ = sampled(model)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cache_dit.options import resolve_options
 from cache_dit.strategies import StepView, Strategy, build_strategy
+from cache_dit.strategies.least_error import least_error
 from cache_dit.strategies.part_of_run import PartOfRun
 from cache_dit.strategies.placement import (
     PlacementRules,
@@ -272,6 +273,16 @@ def test_placement_takes_any_list_of_sigmas(sigmas: list[float], target: float) 
 def test_sigmas_of_another_length_are_not_used() -> None:
     rules = PlacementRules(4.0, 0, 1, None, WHOLE)
     assert place_steps(rules, 28, tuple(shifted(20))) == place_steps(rules, 28, None)
+
+
+def test_what_is_skipped_before_a_part_that_computes_is_corrected_like_the_rest() -> None:
+    rules = PlacementRules(4.0, 0, 1, None, PartOfRun(0.0, 0.96))
+    levels = noise_levels(28, None)
+    time = progress(levels)
+    # from step 1 to step 27, the first of those that compute at the end
+    between, as_if_open = (least_error(time[:27], levels[:27], 4, None, ends=ends) for ends in (True, False))
+    assert place_steps(rules, 28, None) == {1, 27, 28, *(index + 1 for index in between)}
+    assert between != as_if_open
 
 
 def test_a_warmup_shares_the_budget() -> None:
