@@ -80,7 +80,8 @@ class ResidualStore:
         self.pending = Measurement(values, self.measured, self.points, point)
         self.measured = values
         for history in self.residuals:
-            history.insert(0, history.pop())
+            # in one assignment: an interrupt between taking it out and putting it in would lose a buffer
+            history[:] = [history[-1], *history[:-1]]
         self.gap = point.step - self.points[0].step if self.points else None
         self.points = (point, *self.points)[: len(self.residuals[0])]
 
@@ -100,7 +101,7 @@ class ResidualStore:
         """The newest residual turned out not to be finite: take it out of the forecasts. ``measured`` holds without it."""
         self.measured = measured
         for history in self.residuals:
-            history.append(history.pop(0))
+            history[:] = [*history[1:], history[0]]
         self.points = self.points[1:]
         self.gap = None
         self.errors.clear()

@@ -359,7 +359,7 @@ model = models.seeded(models.TinyDiT)
 cache_dit.enable_cache(model, inner="eager", warmup_steps=1)
 x, t = models.example()
 with torch.no_grad():
-    for step in range(100_000):
+    for step in range(10**9):
         model(x, t - 0.05 * (step % 18))
         if step == 20:
             print("running", flush=True)
@@ -381,8 +381,15 @@ def test_a_process_that_is_told_to_end_in_mid_run_ends_as_without_us(handler: st
         assert process.stdout is not None and process.stderr is not None
         try:
             assert process.stdout.readline() == "running\n", process.stderr.read()[-3000:]
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == code
+            # again where it does not end: what a handler raises within a guard of Dynamo is lost, without caching too
+            for _ in range(6):
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(15)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+            assert process.returncode == code
             assert "Traceback" not in process.stderr.read()
         finally:
             process.kill()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import warnings
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +67,46 @@ def test_a_computed_step_takes_the_place_of_the_oldest_and_leaves_what_it_measur
     assert [point.step for point in store.points] == [6, 4] and store.gap is None and store.measured is empty
     store.forget()
     assert store.points == () and store.pending is None
+
+
+class Signal(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("what", ["computed", "drop_newest"])
+def test_an_interrupt_at_any_instruction_loses_no_buffer(what: str) -> None:
+    """What an interrupt leaves is emptied, but the programs take all of its buffers."""
+    store = allocate(CacheInputs((buffer(), buffer()), 3, None, torch.float32, CPU), ((2, 3), (2, 3)), (), ())
+    buffers = [{id(tensor) for tensor in history} for history in store.residuals]
+    left = interrupted = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_name != what:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise Signal
+        return trace
+
+    for at in range(1, 500):
+        left = at
+        sys.settrace(trace)
+        try:
+            if what == "computed":
+                store.computed(Point(at, 0.5), torch.zeros(1))
+            else:
+                store.drop_newest(torch.zeros(1))
+            break
+        except Signal:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        assert [{id(tensor) for tensor in history} for history in store.residuals] == buffers
+        assert [len(history) for history in store.residuals] == [3, 3]
+    assert 20 < interrupted < 499
 
 
 def test_weights_match_where_they_are_the_same_tensors_unwritten() -> None:
