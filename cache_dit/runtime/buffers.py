@@ -158,8 +158,8 @@ class ControlMark:
 def _move(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     size = before.abs().mean(dtype=torch.float32)
     change = (now - before).abs().mean(dtype=torch.float32)
-    # nothing that stays nothing has not moved
-    return torch.where(change > 0, change / size, torch.zeros_like(change))
+    # nothing that stays nothing has not moved; what turns NaN has
+    return torch.where(change == 0, torch.zeros_like(change), change / size)
 
 
 def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: Dynamic, weights: Sequence[torch.Tensor]) -> ResidualStore:

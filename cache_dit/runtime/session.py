@@ -371,7 +371,7 @@ class Session:
         if refresh is None:
             self._looked_at_controls = True
             store.controls = None
-            if 0.0 < moved < float("inf"):
+            if moved != 0.0 and moved != float("inf"):
                 self.said.warn("control_ignored", moved=100.0 * moved)
             return True
         if moved <= refresh:

@@ -80,6 +80,13 @@ def test_a_control_from_nothing_has_moved() -> None:
     assert run(enabled(control_refresh=True), [0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5, 0.5]) == [4, 8]
 
 
+def test_a_control_that_turns_nan_has_moved() -> None:
+    sizes = [1.0, 1.0, 1.0, float("nan"), 1.0, 1.0, 1.0, 1.0]
+    assert 4 not in run(enabled(control_refresh=True), sizes)
+    with pytest.warns(CacheDitWarning, match=r"moved by nan %"):
+        run(enabled(), sizes)
+
+
 def test_a_control_written_in_place_has_moved() -> None:
     assert run(enabled(control_refresh=True), [1.0] * STEPS, one=control(1.0)) == []
 

@@ -137,6 +137,7 @@ def test_control_inputs_move_by_their_mean_change_relative_to_their_size() -> No
     # from nothing to nothing is no move, from nothing to something is one without end
     nothing = ControlMark([torch.zeros(2)])
     assert nothing.moved([torch.zeros(2)]) == 0.0 and nothing.moved([torch.ones(2)]) == math.inf
+    assert math.isnan(mark.moved([first, torch.full((2,), math.nan)]))
     first.add_(1)
     assert not mark.same_as([first, second]) and mark.moved([first, second]) == math.inf
 
