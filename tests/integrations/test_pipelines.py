@@ -477,11 +477,13 @@ def test_an_adapter_between_runs(fresh_dynamo: None) -> None:
 
 
 @pytest.mark.parametrize("backend", ["_native_math", pytest.param("flex", marks=pytest.mark.slow)])
-def test_an_attention_backend_chosen_between_runs(fresh_dynamo: None, backend: str) -> None:
+def test_an_attention_backend_chosen_between_runs(fresh_dynamo: None, request: pytest.FixtureRequest, backend: str) -> None:
     """The model is compiled once for each; the picture is that of skipping by hand with the same one."""
     pipeline = tiny.FLUX.build()
     used: list[str] = []
     cache_dit.enable_cache(pipeline, **EXACT)
+    # diffusers makes it the default of models built later, too
+    request.addfinalizer(lambda: pipeline.transformer.set_attention_backend("native"))
     for name in ("native", backend):
         pipeline.transformer.set_attention_backend(name)
         by_hand = tiny.FLUX.cached_by_hand(_copied_uncached(pipeline))
