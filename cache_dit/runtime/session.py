@@ -577,6 +577,7 @@ class Session:
             last_increment=context.last_increment,
             forecast_error=store.errors.get(self._forecast_name(store)),
             last_gap=store.gap,
+            corrected=self._corrector.applies(step),
         )
         decision = self.strategy.decide(view)
         if step == 1:

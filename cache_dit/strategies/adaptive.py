@@ -49,7 +49,7 @@ class PlacementStrategy:
             return view.step in first or (view.step > first[-1] and self._is_due(view.step - first[-1]))
         if view.step > steps:
             return self._is_due(view.step - steps - 1)
-        return view.step in place_steps(self.rules, steps, None if view.sigmas is None else tuple(view.sigmas))
+        return view.step in place_steps(self.rules, steps, None if view.sigmas is None else tuple(view.sigmas), view.corrected)
 
     def _is_due(self, distance: int) -> bool:
         """Whether a multiple of target_speedup lies in (distance − 1, distance]: at 0 and then at the target's rate."""

@@ -49,6 +49,8 @@ class StepView:
     """Relative RMS error of the forecast at the last computed step; None where this run has measured none."""
     last_gap: int | None = None
     """Steps from the computed step before the last one to the last one; None where this run has computed one at most."""
+    corrected: bool = False
+    """Whether the run's skipped steps are put right at the next computed one."""
 
     def run_length(self) -> int | None:
         """The number of steps of this run as far as it is known, from `num_steps` or else from `sigmas`."""

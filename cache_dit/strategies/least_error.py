@@ -1,16 +1,21 @@
 """Computed steps where the error that the skipped ones leave behind is expected to be least.
 
-The error that a skipped step m between the computed steps i and j leaves in the state is modelled as
+Where skipped steps are corrected, the error that a skipped step m between the computed steps i and j leaves in the
+picture is modelled as
 
-    wₘ (A + (tₘ − tᵢ)(tⱼ − tₘ)),   wₘ = (noise left)^P · |its change in the step|
+    (1 + G σₘ) · |σₘ₊₁ − σₘ| · (A + (tₘ − tᵢ)(tⱼ − tₘ))
 
-with t the time as residuals go, in units of the mean distance of computed steps. The product is what a straight line
-between two computed residuals misses of a bent curve; A is what no neighbour tells, since residuals are not smooth from
-step to step; w says that the state moves by the step's length, and that errors made early, while noise decides what the
-picture becomes, grow most on the way. Behind the last computed step nothing is corrected: there the line is continued
-instead, and all of it counts `OPEN_END` times. Errors within a gap add up; those of several gaps add as squares.
+with t the time as residuals go (`placement.residual_time`). The product is what a straight line between two computed
+residuals misses of a bent curve; A is what no neighbour tells, since residuals are not smooth from step to step; the
+length of the step is how far the state moves by it; and errors made early, while noise decides what the picture becomes,
+grow on the way. Behind the last computed step nothing is corrected: there the line is continued instead. Errors within a
+gap add up; those of several gaps add as squares.
 
-Source: this project's quality bench (docs/quality.md); A, P and `OPEN_END` were chosen on two models at 20 to 40 steps.
+Where nothing is corrected (another solver, or none that is known), uneven gaps cost more than they save: a line through
+two residuals that are close together goes astray behind them. There the squares of the gaps' lengths are least, which
+spaces the steps evenly.
+
+Source: this project's quality bench (docs/quality.md); the errors of single gaps were measured on four small models.
 """
 
 from __future__ import annotations
@@ -22,42 +27,57 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-NOISE_POWER = 0.6
-"""P above."""
-ALWAYS = 0.3
+GROWTH = 4.0
+"""G above."""
+ALWAYS = 0.001
 """A above."""
 OPEN_END = 2.0
-"""How much more an error behind the last computed step counts."""
+"""Without correction: how much more the square of the last gap counts, where no computed step ends it."""
 LONGEST = 5
 """No gap is longer than so many mean distances and a step: what bounds the work."""
 
 
 def least_error(
-    time: Sequence[float], levels: Sequence[float], count: int, max_skipped: int | None, *, ends: bool
+    time: Sequence[float], levels: Sequence[float], count: int, max_skipped: int | None, *, ends: bool, corrected: bool
 ) -> list[int]:
     """The `count` increasing indices between the first and the last that leave the least expected error.
 
     Args:
-        time: how far the run has come at each index, never back, no unit. The first index is a step that computes; the
-            last is one too where `ends`, else the end of the run.
-        levels: how much noise is left there, from 1 to 0.
+        time: the time as residuals go at each index, never back; without correction any that is to be divided evenly. The
+            first index is a step that computes; the last is one too where `ends`, else the end of the run.
+        levels: the share of noise there, from 1 to 0.
         count: how many, from 0 to all between.
         max_skipped: longest gap, in skipped steps, which `count` must allow; None: no bound.
         ends: whether a computed step follows, so that what is skipped before it is corrected.
+        corrected: whether skipped steps are corrected at all; where not, `levels` are not asked.
     """
     # here, so that options can be checked without it
     import numpy as np
 
     last = len(time) - 1
-    unit = (time[-1] - time[0]) / (count + 1) or 1.0
-    t = np.asarray(time, dtype=np.float64) / unit
-    noise = np.asarray(levels, dtype=np.float64)
-    weight = noise[:-1] ** NOISE_POWER * np.abs(np.diff(noise))
+    t = np.asarray(time, dtype=np.float64)
     longest = min(last, LONGEST * math.ceil(last / (count + 1)) + 1)
     if max_skipped is not None:
         longest = min(longest, max_skipped + 1)
-    gaps = [_gaps(t, weight, length) for length in range(longest + 1)]
-    # least[j]: the least error up to j, where j is the k-th computed one; came[k][j]: the length of the gap before it
+    lengths, starts = range(longest + 1), range(last - longest, last)
+    if corrected:
+        noise = np.asarray(levels, dtype=np.float64)
+        weight = (1.0 + GROWTH * noise[:-1]) * np.abs(np.diff(noise))
+        gaps = [_between(t, weight, length) for length in lengths]
+        ending = [gaps[last - i][i] if ends else _open_end(t, weight, i) for i in starts]
+    else:
+        gaps = [(t[length:] - t[: len(t) - length]) ** 2 for length in lengths]
+        ending = [(1.0 if ends else OPEN_END) * gaps[last - i][i] for i in starts]
+    return _least(gaps, ending, count)
+
+
+def _least(gaps: Sequence[np.ndarray], ending: Sequence[float], count: int) -> list[int]:
+    """The indices whose gaps cost least in sum: `gaps[n][i]` is the cost of the gap of length n from i on, and `ending`
+    that of the last gap from each of the last indices on."""
+    import numpy as np
+
+    longest, last = len(gaps) - 1, len(gaps[0]) - 1
+    # least[j]: the least cost up to j, where j is the k-th computed one; came[k][j]: the length of the gap before it
     least = np.full(last + 1, np.inf)
     least[0] = 0.0
     came: list[np.ndarray] = []
@@ -69,7 +89,6 @@ def least_error(
         ways[:, last] = np.inf
         came.append(ways.argmin(axis=0))
         least = ways.min(axis=0)
-    ending = [gaps[last - i][i] if ends else _open_end(t, weight, i) for i in range(last - longest, last)]
     at = last - longest + int((least[last - longest : last] + ending).argmin())
     placed = []
     for lengths in reversed(came):
@@ -78,7 +97,7 @@ def least_error(
     return placed[::-1]
 
 
-def _gaps(t: np.ndarray, weight: np.ndarray, length: int) -> np.ndarray:
+def _between(t: np.ndarray, weight: np.ndarray, length: int) -> np.ndarray:
     """The squared error of the gap of this length from each index on."""
     import numpy as np
 
@@ -91,6 +110,8 @@ def _gaps(t: np.ndarray, weight: np.ndarray, length: int) -> np.ndarray:
 
 
 def _open_end(t: np.ndarray, weight: np.ndarray, index: int) -> float:
-    """The squared error of the gap from this index to the end of the run."""
+    """The squared error of the gap from this index to the end of the run, through the residuals of this step and the one
+    before it."""
     away = t[index + 1 : -1] - t[index]
-    return float(OPEN_END * (weight[index + 1 :] * (ALWAYS + away * (away + 1.0))).sum()) ** 2
+    before = t[index] - t[index - 1] if index else t[1] - t[0]
+    return float((weight[index + 1 :] * (ALWAYS + away * (away + before))).sum()) ** 2

@@ -29,7 +29,7 @@ class PlacementRules:
     """Steps outside it compute."""
     clock: tuple[float, ...] | None = None
     """How far the residual has come before each step and at the end, from 0 to 1, in runs of its length; None: as
-    `progress` has it."""
+    `residual_time` has it."""
 
 
 def computed_count(num_steps: int, target_speedup: float) -> int:
@@ -55,28 +55,48 @@ def _fewest(steps: int, longest: int | None) -> int:
     return 0 if longest is None else max(0, math.ceil(steps / (longest + 1)) - 1)
 
 
-SIGMA_SHARE = 0.5
-"""What time is made of as residuals go: this much of it the noise level, the rest steps."""
+LITTLE_NOISE = 0.3
+"""The share of noise below which residuals go as its logarithm does."""
+LITTLE_PICTURE = 0.03
+"""The share of picture below which residuals go as its logarithm does."""
+LEAST_SHARE = 0.004
+"""Smaller shares count as this one."""
 
 
 def noise_levels(num_steps: int, sigmas: Sequence[float] | None) -> list[float]:
-    """How much of the run's noise is left before each step and at its end, from 1 to 0.
+    """The share of noise in the state before each step and at the end of the run, from 1 to 0.
 
-    Where no list of num_steps + 1 sigmas is given, or it ends where it began, as if it fell evenly. Sigmas above 1 are those
-    of x = x₀ + σ ε and count as σ / (1 + σ), the share of noise. What lies beyond the ends of the list counts as they do.
+    Where no list of num_steps + 1 sigmas from 0 up is given, or it ends where it began, as if it fell evenly from 1 to 0.
+    Lists that go above 1 are those of x = x₀ + σ ε, where it is σ / (1 + σ). What lies beyond the ends of the list counts as
+    they do; a list that rises is taken as one that falls.
     """
-    if sigmas is None or len(sigmas) != num_steps + 1 or sigmas[0] == sigmas[-1]:
+    if sigmas is None or len(sigmas) != num_steps + 1 or sigmas[0] == sigmas[-1] or min(sigmas) < 0.0:
         return [1.0 - index / num_steps for index in range(num_steps + 1)]
-    levels = [sigma / (1.0 + sigma) for sigma in sigmas] if max(sigmas) > 1.0 and min(sigmas) >= 0.0 else list(sigmas)
-    whole = levels[0] - levels[-1]
-    return [min(1.0, max(0.0, (level - levels[-1]) / whole)) for level in levels]
+    levels = [sigma / (1.0 + sigma) for sigma in sigmas] if max(sigmas) > 1.0 else list(sigmas)
+    if levels[0] < levels[-1]:
+        levels = [levels[0] + levels[-1] - level for level in levels]
+    return [min(levels[0], max(levels[-1], level)) for level in levels]
 
 
-def progress(levels: Sequence[float]) -> list[float]:
-    """How far a run with these `noise_levels` has come before each of its steps and at its end, from 0 to 1, never back."""
-    steps = len(levels) - 1
-    way = [0.0, *accumulate(abs(after - before) for before, after in pairwise(levels))]
-    return [SIGMA_SHARE * passed / way[-1] + (1.0 - SIGMA_SHARE) * index / steps for index, passed in enumerate(way)]
+def residual_time(levels: Sequence[float]) -> list[float]:
+    """How far residuals have gone before each step of a run with these `noise_levels` and at its end, never back.
+
+    It is the noise level between `LITTLE_NOISE` and 1 - `LITTLE_PICTURE`, and goes on as the logarithm of the noise's share
+    below and of the picture's above, as log-SNR does: where little is left of either, the model's answer turns on it.
+    """
+    return _way(list(map(_residual_time, levels)))
+
+
+def _way(values: Sequence[float]) -> list[float]:
+    return [0.0, *accumulate(abs(after - before) for before, after in pairwise(values))]
+
+
+def _residual_time(noise: float) -> float:
+    if noise < LITTLE_NOISE:
+        return LITTLE_NOISE * (1.0 + math.log(max(noise, LEAST_SHARE) / LITTLE_NOISE))
+    if noise > 1.0 - LITTLE_PICTURE:
+        return 1.0 - LITTLE_PICTURE * (1.0 + math.log(max(1.0 - noise, LEAST_SHARE) / LITTLE_PICTURE))
+    return noise
 
 
 def turns_back(sigmas: Sequence[float], step: int) -> bool:
@@ -89,8 +109,10 @@ def turns_back(sigmas: Sequence[float], step: int) -> bool:
 
 
 @lru_cache(maxsize=64)
-def place_steps(rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...] | None) -> frozenset[int]:
-    """The steps, from 1, of a run of `num_steps` that compute.
+def place_steps(
+    rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...] | None, corrected: bool
+) -> frozenset[int]:
+    """The steps, from 1, of a run of `num_steps` that compute, where skipped ones are `corrected` or are not.
 
     `computed_count` of them: those that must (the first ones, those outside the part), the rest where `least_error` puts
     them. There are more of them where the rules ask for it: to keep the longest gap, and where a long warm-up has used the
@@ -100,7 +122,11 @@ def place_steps(rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...]
     if wanted == num_steps:
         return frozenset(range(1, num_steps + 1))
     levels = noise_levels(num_steps, sigmas)
-    time = rules.clock if rules.clock is not None and len(rules.clock) == num_steps + 1 else progress(levels)
+    time = residual_time(levels) if corrected else _way(levels)
+    if rules.clock is not None and len(rules.clock) == num_steps + 1:
+        # in the units of the other up to the last step: what lies behind that is asked by nobody
+        unit = time[-2] / (rules.clock[-2] or 1.0)
+        time = [unit * passed for passed in rules.clock]
     interval = 1 if rules.skip_interval is None else rules.skip_interval
     start = first_steps(max(rules.warmup_steps, rules.part.first(num_steps) - 1), interval)
     end = range(max(1, rules.part.last(num_steps) + 1), num_steps + 1)
@@ -116,5 +142,8 @@ def place_steps(rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...]
     )
     count = max(0, min(count, free))
     span = slice(after, before + 1)
-    placed = least_error(time[span], levels[span], count, rules.max_consecutive_hits, ends=before < num_steps) if free else []
-    return frozenset(must | {after + index + 1 for index in placed})
+    if free:
+        ends = before < num_steps
+        placed = least_error(time[span], levels[span], count, rules.max_consecutive_hits, ends=ends, corrected=corrected)
+        must |= {after + index + 1 for index in placed}
+    return frozenset(must)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ from cache_dit.strategies.placement import (
     first_steps,
     noise_levels,
     place_steps,
-    progress,
+    residual_time,
     turns_back,
 )
 from cache_dit.strategies.sigma import SigmaSpaced
@@ -44,13 +44,14 @@ def simulate(
     errors: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     num_steps: int | None = None,
+    corrected: bool = False,
 ) -> list[tuple[bool, str]]:
     """One run as the runtime drives it: the front's change of step n is `increments[n - 1]`, known from step n + 1 on;
     the error of the forecast at a computed step n is `errors[n - 1]`, measured where a residual is stored."""
     decisions: list[tuple[bool, str]] = []
     hits, clock, increment, error = 0, 0.0, None, None
     for n in range(1, steps + 1):
-        view = StepView(n, hits, num_steps, sigmas, None, (), clock, increment, error)
+        view = StepView(n, hits, num_steps, sigmas, None, (), clock, increment, error, corrected=corrected)
         decision = strategy.decide(view)
         decisions.append(tuple(decision))
         increment = increments[n - 1] if increments is not None and n > 1 else None
@@ -176,22 +177,34 @@ def test_placement_is_even_in_sigma(target: float, expected: list[int]) -> None:
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        (4.0, [1, 7, 12, 17, 21, 24, 27]),
-        (1.12, [n for n in range(1, 29) if n not in (2, 4, 6)]),
+        (4.0, [1, 8, 14, 19, 23, 26, 28]),
+        (1.12, [n for n in range(1, 29) if n not in (3, 5, 7)]),
     ],
 )
 def test_placement_on_shifted_levels(target: float, expected: list[int]) -> None:
     """Early steps change the residual much and move the state little; the last ones move it far and are never corrected."""
-    decisions = simulate(adaptive(target_speedup=target), 28, errors=QUIET, sigmas=shifted(28))
+    decisions = simulate(adaptive(target_speedup=target), 28, errors=QUIET, sigmas=shifted(28), corrected=True)
     assert computed(decisions) == expected
 
 
 @pytest.mark.parametrize("falling", [True, False])
-def test_placement_on_linear_levels_is_denser_where_noise_is_left(falling: bool) -> None:
+def test_placement_on_linear_levels_is_denser_where_noise_is_left_and_at_the_end(falling: bool) -> None:
     sigmas = [1 - i / 28 if falling else i / 28 for i in range(29)]
     for known in (sigmas, None):
-        decisions = simulate(adaptive(target_speedup=4.0), 28, errors=QUIET, sigmas=known, num_steps=28)
-        assert computed(decisions) == [1, 4, 8, 12, 16, 21, 26]
+        strategy = adaptive(target_speedup=4.0)
+        decisions = simulate(strategy, 28, errors=QUIET, sigmas=known, num_steps=28, corrected=True)
+        assert computed(decisions) == [1, 5, 9, 14, 19, 24, 27]
+
+
+def test_placement_without_correction_is_even_in_sigma() -> None:
+    for sigmas in (shifted(28), None):
+        decisions = simulate(adaptive(target_speedup=4.0), 28, errors=QUIET, sigmas=sigmas, num_steps=28)
+        levels = noise_levels(28, sigmas)
+        at = [levels[step - 1] for step in computed(decisions)]
+        gaps = [before - after for before, after in pairwise(at)]
+        assert len(at) == 7 and max(gaps) - min(gaps) < 0.11
+        # what is behind the last computed step is not put right by the next one
+        assert at[-1] < min(gaps)
 
 
 def test_noise_levels_of_sigmas_that_say_nothing() -> None:
@@ -199,19 +212,33 @@ def test_noise_levels_of_sigmas_that_say_nothing() -> None:
     assert noise_levels(4, None) == even
     assert noise_levels(4, [1.0, 0.5, 0.0]) == even
     assert noise_levels(4, [1.0, 0.5, 0.2, 0.5, 1.0]) == even
+    assert noise_levels(4, [1.0, 0.5, 0.2, 0.0, -1.0]) == even
+    # those of a part of a run are its own
+    assert noise_levels(2, [0.6, 0.25, 0.0]) == [0.6, 0.25, 0.0]
     # σ of the older models counts as its share of noise
-    assert noise_levels(2, [9.0, 1.0, 0.0]) == pytest.approx([1.0, 5 / 9, 0.0])
+    assert noise_levels(2, [9.0, 1.0, 0.0]) == pytest.approx([0.9, 0.5, 0.0])
     # rising levels count as falling ones do, and those beyond the ends as the ends
     assert noise_levels(2, [0.0, 0.25, 1.0]) == [1.0, 0.75, 0.0]
-    assert noise_levels(3, [0.8, 1.0, 0.4, 0.0]) == [1.0, 1.0, 0.5, 0.0]
+    assert noise_levels(3, [0.8, 1.0, 0.4, 0.0]) == [0.8, 0.8, 0.4, 0.0]
 
 
-def test_progress_never_turns_back() -> None:
-    assert progress([1.0, 0.5, 0.0]) == [0.0, 0.5, 1.0]
-    assert progress([1.0, 0.25, 0.75, 0.0]) == pytest.approx([0.0, 0.375 / 2 + 0.5 / 3, 0.625 / 2 + 1.0 / 3, 1.0])
+def test_residual_time_is_noise_in_the_middle_and_its_logarithm_at_the_ends() -> None:
+    assert residual_time([0.9, 0.5, 0.3]) == pytest.approx([0.0, 0.4, 0.6])
+    # never back
+    assert residual_time([0.9, 0.4, 0.6, 0.3]) == pytest.approx([0.0, 0.5, 0.7, 1.0])
+    for k in range(1, 7):
+        low, high = 0.3 / 2**k, 0.03 / 2**k
+        assert residual_time([low * 2, max(low, 0.004)])[1] == pytest.approx(0.3 * math.log(low * 2 / max(low, 0.004)))
+        assert residual_time([1.0 - max(high, 0.004), 1.0 - max(high * 2, 0.004)])[1] == pytest.approx(
+            0.03 * math.log(max(high * 2, 0.004) / max(high, 0.004))
+        )
+    # both are joined without a bend, and end
+    assert residual_time([0.301, 0.299])[1] == pytest.approx(0.002, rel=1e-2)
+    assert residual_time([0.971, 0.969])[1] == pytest.approx(0.002, rel=2e-2)
+    assert residual_time([1.0, 0.996, 0.004, 0.0])[::2] == pytest.approx([0.0, residual_time([0.996, 0.004])[1]])
 
 
-@pytest.mark.parametrize(("interval", "start"), [(1, [1, 7]), (2, [1, 3]), (3, [1, 2]), (10, [1, 2])])
+@pytest.mark.parametrize(("interval", "start"), [(1, [1, 11]), (2, [1, 3]), (3, [1, 2]), (10, [1, 2])])
 def test_second_computed_step_is_the_first_that_the_interval_does_not_let_skip(interval: int, start: list[int]) -> None:
     strategy = adaptive(target_speedup=4.0, skip_interval=interval)
     decisions = simulate(strategy, 28, errors=QUIET, sigmas=shifted(28))
@@ -227,6 +254,7 @@ def test_second_computed_step_is_the_first_that_the_interval_does_not_let_skip(i
     most=st.one_of(st.none(), st.integers(1, 8)),
     shift=st.floats(0.2, 8.0),
     part=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    corrected=st.booleans(),
 )
 def test_placement_properties(
     steps: int,
@@ -236,10 +264,11 @@ def test_placement_properties(
     most: int | None,
     shift: float,
     part: tuple[float, float],
+    corrected: bool,
 ) -> None:
     inside = PartOfRun(*sorted(part))
     rules = PlacementRules(target, warmup, interval, most, inside)
-    placed = place_steps(rules, steps, tuple(shifted(steps, shift)))
+    placed = place_steps(rules, steps, tuple(shifted(steps, shift)), corrected)
     assert placed <= set(range(1, steps + 1))
     assert 1 in placed
     assert set(range(1, min(warmup, steps) + 1)) <= placed
@@ -254,8 +283,8 @@ def test_placement_computes_as_many_steps_as_asked(steps: int, target: float, in
     rules = PlacementRules(target, 0, interval, None, WHOLE)
     count = computed_count(steps, target)
     fewest = sum(step <= steps for step in first_steps(0, interval))
-    for sigmas in (tuple(shifted(steps, shift)), None):
-        found = len(place_steps(rules, steps, sigmas))
+    for sigmas, corrected in product((tuple(shifted(steps, shift)), None), (True, False)):
+        found = len(place_steps(rules, steps, sigmas, corrected))
         if interval == 1 or steps / target >= 4:
             assert found == count
         # fewer are left than the first steps use up: one more keeps the rest from going without
@@ -263,25 +292,27 @@ def test_placement_computes_as_many_steps_as_asked(steps: int, target: float, in
     assert abs(count - steps / target) <= 0.5 or count == 1
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=40), st.floats(1, 6))
-def test_placement_takes_any_list_of_sigmas(sigmas: list[float], target: float) -> None:
+@given(st.lists(st.floats(-1, 20), min_size=2, max_size=40), st.floats(1, 6), st.booleans())
+def test_placement_takes_any_list_of_sigmas(sigmas: list[float], target: float, corrected: bool) -> None:
     steps = len(sigmas) - 1
-    placed = place_steps(PlacementRules(target, 0, 1, None, WHOLE), steps, tuple(sigmas))
+    placed = place_steps(PlacementRules(target, 0, 1, None, WHOLE), steps, tuple(sigmas), corrected)
     assert len(placed) == computed_count(steps, target)
 
 
 def test_sigmas_of_another_length_are_not_used() -> None:
     rules = PlacementRules(4.0, 0, 1, None, WHOLE)
-    assert place_steps(rules, 28, tuple(shifted(20))) == place_steps(rules, 28, None)
+    assert place_steps(rules, 28, tuple(shifted(20)), True) == place_steps(rules, 28, None, True)
 
 
 def test_what_is_skipped_before_a_part_that_computes_is_corrected_like_the_rest() -> None:
     rules = PlacementRules(4.0, 0, 1, None, PartOfRun(0.0, 0.96))
     levels = noise_levels(28, None)
-    time = progress(levels)
+    time = residual_time(levels)
     # from step 1 to step 27, the first of those that compute at the end
-    between, as_if_open = (least_error(time[:27], levels[:27], 4, None, ends=ends) for ends in (True, False))
-    assert place_steps(rules, 28, None) == {1, 27, 28, *(index + 1 for index in between)}
+    between, as_if_open = (
+        least_error(time[:27], levels[:27], 4, None, ends=ends, corrected=True) for ends in (True, False)
+    )
+    assert place_steps(rules, 28, None, True) == {1, 27, 28, *(index + 1 for index in between)}
     assert between != as_if_open
 
 
@@ -314,7 +345,7 @@ def test_a_run_of_unknown_length_computes_at_the_targets_rate(target: float, exp
 def test_steps_past_the_end_compute_at_the_targets_rate() -> None:
     decisions = simulate(adaptive(target_speedup=3.0, skip_interval=1), 18, errors=QUIET, num_steps=9)
     # nine steps placed, then every third
-    assert computed(decisions) == [1, 4, 8, 10, 13, 16]
+    assert computed(decisions) == [1, 5, 8, 10, 13, 16]
 
 
 def test_given_bound_binds_the_placement() -> None:
@@ -331,7 +362,7 @@ def test_given_bound_binds_the_placement() -> None:
 def test_drift_computes_out_of_turn() -> None:
     strategy = adaptive(target_speedup=4.0, tolerance=0.1, skip_interval=1)
     calm = simulate(strategy, 16, increments=[0.2] * 16, errors=QUIET, num_steps=16)
-    assert computed(calm) == [1, 5, 9, 14]
+    assert computed(calm) == [1, 6, 11, 15]
     decisions = simulate(strategy, 16, increments=[0.6] * 16, errors=QUIET, num_steps=16)
     assert (False, "clock") in decisions
     assert len(computed(decisions)) > 4

@@ -8,26 +8,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_dit.strategies.least_error import ALWAYS, NOISE_POWER, OPEN_END, least_error
+from cache_dit.strategies.least_error import ALWAYS, GROWTH, OPEN_END, least_error
+from cache_dit.strategies.placement import residual_time
+
+Run = tuple[list[float], list[float], int, int | None, bool]
 
 
-def expected_error(time: list[float], levels: list[float], placed: list[int], ends: bool) -> float:
+def expected_error(t: list[float], levels: list[float], placed: list[int], ends: bool) -> float:
     """The model of the module's docstring, written down once more."""
-    last = len(time) - 1
-    unit = (time[-1] - time[0]) / (len(placed) + 1)
-    t = [value / unit for value in time]
-    w = [levels[m] ** NOISE_POWER * abs(levels[m + 1] - levels[m]) for m in range(last)]
+    last = len(t) - 1
+    w = [(1.0 + GROWTH * levels[m]) * abs(levels[m + 1] - levels[m]) for m in range(last)]
     total = 0.0
     for i, j in pairwise([0, *placed, *([last] if ends else [])]):
         total += sum(w[m] * (ALWAYS + (t[m] - t[i]) * (t[j] - t[m])) for m in range(i + 1, j)) ** 2
     if not ends:
         i = [0, *placed][-1]
-        total += (OPEN_END * sum(w[m] * (ALWAYS + (t[m] - t[i]) * (t[m] - t[i] + 1)) for m in range(i + 1, last))) ** 2
+        step = t[i] - t[i - 1] if i else t[1] - t[0]
+        total += sum(w[m] * (ALWAYS + (t[m] - t[i]) * (t[m] - t[i] + step)) for m in range(i + 1, last)) ** 2
     return total
 
 
+def unevenness(t: list[float], levels: list[float], placed: list[int], ends: bool) -> float:
+    """What counts where nothing is corrected."""
+    *inside, behind = [(t[j] - t[i]) ** 2 for i, j in pairwise([0, *placed, len(t) - 1])]
+    return sum(inside) + (1.0 if ends else OPEN_END) * behind
+
+
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[list[float], list[float], int, int | None, bool]:
+def runs(draw: st.DrawFn) -> Run:
     steps = draw(st.integers(2, 11))
     falls = draw(st.lists(st.floats(0.01, 1), min_size=steps, max_size=steps))
     levels = [sum(falls[k:]) / sum(falls) for k in range(steps + 1)]
@@ -39,11 +47,11 @@ def runs(draw: st.DrawFn) -> tuple[list[float], list[float], int, int | None, bo
     return time, levels, count, bound, ends
 
 
-@given(runs())
-def test_no_placement_has_less(run: tuple[list[float], list[float], int, int | None, bool]) -> None:
+@given(runs(), st.booleans())
+def test_no_placement_has_less(run: Run, corrected: bool) -> None:
     time, levels, count, bound, ends = run
     last = len(time) - 1
-    placed = least_error(time, levels, count, bound, ends=ends)
+    placed = least_error(time, levels, count, bound, ends=ends, corrected=corrected)
     assert len(placed) == count
     assert all(a < b for a, b in pairwise([0, *placed, last]))
     allowed = [
@@ -52,29 +60,32 @@ def test_no_placement_has_less(run: tuple[list[float], list[float], int, int | N
         if bound is None or all(b - a - 1 <= bound for a, b in pairwise([0, *each, last]))
     ]
     assert placed in allowed
-    least = min(expected_error(time, levels, each, ends) for each in allowed)
-    assert expected_error(time, levels, placed, ends) <= least * (1 + 1e-9)
+    cost = expected_error if corrected else unevenness
+    least = min(cost(time, levels, each, ends) for each in allowed)
+    assert cost(time, levels, placed, ends) <= least * (1 + 1e-9)
 
 
-def test_a_computed_step_that_follows_is_worth_a_longer_last_gap() -> None:
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_computed_step_that_follows_is_worth_a_longer_last_gap(corrected: bool) -> None:
     even = [1.0 - k / 12 for k in range(13)]
     time = [k / 12 for k in range(13)]
-    open_end = least_error(time, even, 2, None, ends=False)
-    closed = least_error(time, even, 2, None, ends=True)
+    open_end = least_error(time, even, 2, None, ends=False, corrected=corrected)
+    closed = least_error(time, even, 2, None, ends=True, corrected=corrected)
     assert open_end[-1] > closed[-1]
 
 
 def test_levels_that_stand_still_are_skipped_first() -> None:
     levels = [1.0, 0.8, 0.6, 0.6, 0.6, 0.4, 0.2, 0.0]
     time = [k / 7 for k in range(8)]
-    placed = least_error(time, levels, 4, None, ends=False)
+    placed = least_error(time, levels, 4, None, ends=False, corrected=True)
     assert {2, 3} - set(placed)
 
 
 def test_a_run_of_a_thousand_steps_is_placed_too() -> None:
-    time = [k / 1000 for k in range(1001)]
-    placed = least_error(time, [1.0 - t for t in time], 400, None, ends=False)
+    levels = [1.0 - k / 1000 for k in range(1001)]
+    placed = least_error(residual_time(levels), levels, 400, None, ends=False, corrected=True)
     assert len(placed) == 400
-    assert placed == pytest.approx(sorted(placed))
-    # denser where noise is left
-    assert placed[199] < 500
+    assert placed == sorted(placed)
+    # denser where noise is left, and again where little is
+    gaps = [after - before for before, after in pairwise(placed)]
+    assert max(gaps[:150]) == 2 and min(gaps[-35:-25]) == 5 and max(gaps[-5:]) == 2
