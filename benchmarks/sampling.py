@@ -96,8 +96,8 @@ class Sampler:
 
         return cache_dit.context(model, name)
 
-    def announce(self, model: torch.nn.Module, sigmas: list[float], evaluations: int | None = None) -> None:
-        """Tell the cache what an integration would tell it."""
+    def announce(self, model: torch.nn.Module, sigmas: list[float]) -> None:
+        """Tell the cache what an integration would tell it: the level of each evaluation, and the last."""
         if not self.cached:
             return
         import cache_dit
@@ -107,8 +107,8 @@ class Sampler:
             return
         cache_dit.new_run(
             model,
-            num_steps=evaluations or len(sigmas) - 1,
-            sigmas=sigmas if evaluations is None else None,
+            num_steps=len(sigmas) - 1,
+            sigmas=sigmas,
             solver=ANNOUNCED.get(self.setting.solver),
             prediction="flow",
         )
@@ -153,8 +153,7 @@ def _diffusers(
     else:
         scheduler.set_timesteps(setting.steps)
     levels = [float(timestep) / 1000.0 for timestep in scheduler.timesteps]
-    evenly = len(levels) == setting.steps
-    sampler.announce(model, [*levels, 0.0], None if evenly else len(levels))
+    sampler.announce(model, [*levels, 0.0])
     generator = torch.Generator().manual_seed(setting.seed + 1)
     x = sampler.noise
     for i, timestep in enumerate(scheduler.timesteps):

@@ -33,6 +33,8 @@ ALWAYS = 0.001
 """A above."""
 OPEN_END = 2.0
 """Without correction: how much more the square of the last gap counts, where no computed step ends it."""
+FIRST_OF_EQUALS = 1e-6
+"""Share of the distance to a gap's last skipped step that counts beside the gap's length, to choose among equal ones."""
 LONGEST = 5
 """No gap is longer than so many mean distances and a step: what bounds the work."""
 
@@ -66,7 +68,7 @@ def least_error(
         gaps = [_between(t, weight, length) for length in lengths]
         ending = [gaps[last - i][i] if ends else _open_end(t, weight, i) for i in starts]
     else:
-        gaps = [(t[length:] - t[: len(t) - length]) ** 2 for length in lengths]
+        gaps = [_length(t, length) for length in lengths]
         ending = [(1.0 if ends else OPEN_END) * gaps[last - i][i] for i in starts]
     return _least(gaps, ending, count)
 
@@ -107,6 +109,13 @@ def _between(t: np.ndarray, weight: np.ndarray, length: int) -> np.ndarray:
         inside = t[m : m + count]
         error += weight[m : m + count] * (ALWAYS + (inside - t[:count]) * (t[length:] - inside))
     return error**2
+
+
+def _length(t: np.ndarray, length: int) -> np.ndarray:
+    """The squared length of the gap of this many steps from each index on; of steps at one time the first computes."""
+    start = t[: len(t) - length]
+    skipped = t[max(0, length - 1) : len(t) - 1 if length else None] - start
+    return (t[length:] - start) ** 2 + FIRST_OF_EQUALS * skipped**2
 
 
 def _open_end(t: np.ndarray, weight: np.ndarray, index: int) -> float:
