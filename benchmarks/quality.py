@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                 # the named part: all rules and ratios at 28 shifted Euler steps, every
                                                  # other factor one at a time for the three best
+    python benchmarks/quality.py --lengths       # runs of other lengths, for a mean that no one placement decides
     python benchmarks/quality.py --full          # the whole crossing of factors; resumable
     python benchmarks/quality.py --ci            # a slice of minutes
     python benchmarks/quality.py --report        # table and plots of what has been measured so far
@@ -34,7 +35,7 @@ from judge import judge
 from processes import FOLDER, peers_python
 from quality_report import write_report
 from rules import BY_NAME, RULES, SHIPPED, Rule, computed_steps, digest
-from sampling import Sampler, Setting, labels_of, shifted_sigmas
+from sampling import SAMPLES_OF_LENGTHS, Sampler, Setting, labels_of, shifted_sigmas
 from torch import Tensor
 
 import cache_dit
@@ -45,6 +46,8 @@ BEYOND = (5.0, 7.0)
 # Of the rules in the named part these are varied in every other factor: the default, its nearest rival, the best known rule.
 BEST = ("adaptive", "sigma_line_retro", "taylor2")
 SEARCHES = 7
+# Where a step lies by chance is worth some decibels: the mean over runs of several lengths says more than any of them.
+LENGTHS = (20, 24, 28, 32, 36)
 # Measured first: what the default is compared with before anything else.
 TELLING = ("adaptive", "taylor2", "teacache_taylor", "sigma_line_retro", "reuse", "first_block_taylor")
 VARIED = (
@@ -82,6 +85,10 @@ def planned(arguments: argparse.Namespace) -> list[Cell]:
         rules = ("reuse", "taylor2", "sigma_line", "adaptive_plain", "adaptive")
         return [Cell("dit", small, rule, 3.0) for rule in rules]
     beds = arguments.beds
+    if arguments.lengths:
+        few = replace(MAIN, samples=SAMPLES_OF_LENGTHS)
+        runs = [replace(few, steps=steps, shift=shift) for shift in (3.0, 1.0) for steps in LENGTHS]
+        return [Cell(b, s, rule, ratio) for s in runs for rule in (*BEST, "fewer") for ratio in RATIOS for b in beds]
     settings = (MAIN, replace(MAIN, shift=1.0))
     later = [rule.name for rule in RULES if rule.name not in TELLING and rule.name != SHIPPED]
     tiers = (TELLING, later)
@@ -286,7 +293,8 @@ def _worker_command(bed: str, arguments: argparse.Namespace) -> list[str]:
     command = [sys.executable, __file__, "--worker", bed, "--until", str(arguments.until), "--out", str(arguments.out)]
     command += ["--inner", arguments.inner, "--beds", *arguments.beds]
     command += ["--rules", *arguments.rules]
-    return command + ["--ci"] * arguments.ci + ["--full"] * arguments.full + ["--goals"] * arguments.goals
+    command += ["--ci"] * arguments.ci + ["--full"] * arguments.full
+    return command + ["--goals"] * arguments.goals + ["--lengths"] * arguments.lengths
 
 
 def _environment() -> dict[str, str]:
@@ -337,6 +345,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="the whole crossing of factors")
     parser.add_argument("--ci", action="store_true", help="a slice of a few minutes")
     parser.add_argument("--goals", action="store_true", help="28 Euler steps alone, shifted and linear")
+    parser.add_argument("--lengths", action="store_true", help="20 to 36 Euler steps, shifted and linear, for a mean")
     parser.add_argument("--report", action="store_true", help="measure nothing, write table and plots")
     parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=list(BEDS))
     parser.add_argument("--rules", nargs="*", default=[], choices=sorted(BY_NAME), help="these rules alone")

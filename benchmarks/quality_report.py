@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rules import RULES, SHIPPED
-from sampling import Setting
+from sampling import SAMPLES_OF_LENGTHS, Setting
 from torch import Tensor
 
 Line = dict[str, Any]
@@ -38,7 +38,8 @@ def markdown(lines: Sequence[Line], titles: Mapping[str, str]) -> str:
     """A table of PSNR for each bed and setting that has all rules; one of the varied factors; one of the other measures."""
     parts = []
     for bed in dict.fromkeys(line["bed"] for line in lines):
-        of_bed = [line for line in lines if line["bed"] == bed]
+        whole = [line for line in lines if line["bed"] == bed]
+        of_bed = [line for line in whole if _setting(line).samples != SAMPLES_OF_LENGTHS]
         parts.append(f"### {titles[bed]}\n")
         settings = list(dict.fromkeys(_setting(line) for line in of_bed))
         wide = [s for s in settings if len({line["rule"] for line in of_bed if _setting(line) == s}) > 4]
@@ -48,6 +49,7 @@ def markdown(lines: Sequence[Line], titles: Mapping[str, str]) -> str:
         if rest:
             parts.append(_factor_table(of_bed, rest))
         parts.append(_measures_table(of_bed, wide[:1]))
+        parts.append(_lengths_table([line for line in whole if _setting(line).samples == SAMPLES_OF_LENGTHS]))
     return "\n".join(parts)
 
 
@@ -109,6 +111,30 @@ def _factor_table(lines: Sequence[Line], settings: Sequence[Setting]) -> str:
     rows.append("|---|" + "---|" * len(names))
     for setting in settings:
         rows.append(f"| {setting.key()} | " + " | ".join(_shown(lines, setting, rule.name) for rule in names) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _lengths_table(lines: Sequence[Line]) -> str:
+    """The mean PSNR over runs of all the lengths that have been measured."""
+    if not lines:
+        return ""
+    shifts = sorted({_setting(line).shift for line in lines}, reverse=True)
+    settings = {shift: sorted({s for s in map(_setting, lines) if s.shift == shift}, key=lambda s: s.steps) for shift in shifts}
+    lengths = ", ".join(str(setting.steps) for setting in settings[shifts[0]])
+    rows = [f"Means over runs of {lengths} steps, PSNR in dB at 2x / 3x / 4x:\n"]
+    rows.append("| rule | " + " | ".join("linear" if shift == 1.0 else f"shift {shift:g}" for shift in shifts) + " |")
+    rows.append("|---|" + "---|" * len(shifts))
+    for rule in RULES:
+        shown = []
+        for shift in shifts:
+            means = []
+            for ratio in sorted({line["ratio"] for line in lines}):
+                found = [_cell(lines, setting, rule.name, ratio) for setting in settings[shift]]
+                whole = [line["psnr"] for line in found if line is not None]
+                means.append(f"{sum(whole) / len(whole):.1f}" if len(whole) == len(found) else "-")
+            shown.append(" / ".join(means))
+        if any(set(each) - set("- /") for each in shown):
+            rows.append(f"| {rule.title} | " + " | ".join(shown) + " |")
     return "\n".join(rows) + "\n"
 
 

@@ -15,6 +15,8 @@ from beds import Bed
 from torch import Tensor
 
 NULL_LABEL = 10
+SAMPLES_OF_LENGTHS = 32
+"""Samples of the runs that are measured for a mean over several lengths."""
 
 
 @dataclass(frozen=True)
