@@ -27,7 +27,7 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def asked(out: Path, **more: object) -> argparse.Namespace:
-    known = {"full": False, "ci": False, "goals": False, "beds": ["dit", "flux"], "rules": [], "out": out}
+    known = {"full": False, "ci": False, "goals": False, "lengths": False, "beds": ["dit", "flux"], "rules": [], "out": out}
     return argparse.Namespace(**{**known, **more})
 
 
@@ -91,3 +91,20 @@ def test_the_table_shows_what_a_threshold_could_not_reach(quality: ModuleType) -
     table = markdown(lines, {"dit": "DiT"})
     assert "teacache" not in table
     assert "40.0 / 40.0 (12)" in table
+
+
+def test_runs_of_several_lengths_are_shown_by_their_mean(quality: ModuleType, tmp_path: Path) -> None:
+    from quality_report import markdown
+
+    cells = [c for c in quality.planned(asked(tmp_path, lengths=True)) if c.bed == "dit" and c.rule in ("adaptive", "taylor2")]
+    assert {cell.setting.steps for cell in cells} == set(quality.LENGTHS)
+    lines = [
+        {"bed": "dit", "setting": asdict(c.setting), "rule": c.rule, "ratio": c.ratio, "computed": 1, "steps": c.setting.steps}
+        | {"psnr": 30.0 + c.setting.steps / 2 - 2 * c.ratio, "perceptual": 0.01, "frechet": 30.0, "accuracy": 1.0}
+        for c in cells
+        if c.rule == "adaptive" or c.setting.steps != 36
+    ]
+    table = markdown(lines, {"dit": "DiT"})
+    assert "Means over runs of 20, 24, 28, 32, 36 steps" in table and "| rule | shift 3 | linear |" in table
+    assert table.count("| 40.0 / 38.0 / 36.0 | 40.0 / 38.0 / 36.0 |") == 1
+    assert "TaylorSeer" not in table
