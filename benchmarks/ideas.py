@@ -83,7 +83,7 @@ class Task:
     def placed(self, count: int) -> set[int]:
         """Where the default computes `count` steps, from 0."""
         rules = PlacementRules(STEPS / count, 0, None, None, PartOfRun(0.0, 1.0))
-        return {step - 1 for step in place_steps(rules, STEPS, tuple(self.sigmas))}
+        return {step - 1 for step in place_steps(rules, STEPS, tuple(self.sigmas), corrected=True)}
 
 
 def weights(times: Sequence[float], at: float) -> list[float]:
