@@ -115,7 +115,8 @@ def _length(t: np.ndarray, length: int) -> np.ndarray:
     """The squared length of the gap of this many steps from each index on; of steps at one time the first computes."""
     start = t[: len(t) - length]
     skipped = t[max(0, length - 1) : len(t) - 1 if length else None] - start
-    return (t[length:] - start) ** 2 + FIRST_OF_EQUALS * skipped**2
+    squared: np.ndarray = (t[length:] - start) ** 2 + FIRST_OF_EQUALS * skipped**2
+    return squared
 
 
 def _open_end(t: np.ndarray, weight: np.ndarray, index: int) -> float:
