@@ -293,7 +293,7 @@ class BlockGraph:
         self._block, self._session, self._streams = weakref.ref(block), owner.session, streams
         self.inputs, self.report, self.frame, self.outputs = inputs, owner.report, id(owner), len(streams.base_of)
         self.programs = Programs(self._computing(programs), self._reusing(programs))
-        buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
+        buffers = [*inputs.stored, *([inputs.front] if inputs.front is not None else [])]
         self._sizes = tuple(tuple(map(int, buffer.sizes)) for buffer in buffers)
 
     def call(self, run: Callable[[], tuple[Any, bool]], given: Sequence[Tensor]) -> tuple[Any, bool]:

@@ -278,7 +278,8 @@ def _input(name: str, value: Any, node: fx.Node) -> Input:
 
 def _buffer(buffer: passes.ResidualBuffer) -> Buffer:
     sizes = tuple(as_data(symbol_of(size)) for size in buffer.sizes)
-    return Buffer(sizes, manifests.dtype_name(buffer.dtype), buffer.device.type)
+    scale = None if buffer.scale is None else manifests.dtype_name(buffer.scale)
+    return Buffer(sizes, manifests.dtype_name(buffer.dtype), buffer.device.type, scale)
 
 
 def _check_symbols(content: Manifest, language: str | None) -> None:

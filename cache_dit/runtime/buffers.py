@@ -38,7 +38,8 @@ class Measurement:
 class ResidualStore:
     """The residuals of one region in one context. ``points`` says when each was computed, newest first.
 
-    ``residuals[j][k]`` is the k-th newest residual of live-out j; only the first ``len(points)`` are valid.
+    ``residuals[j][k]`` is the k-th newest of ``CacheInputs.stored[j]``, a live-out's residual or its scales; only the first
+    ``len(points)`` are valid.
     """
 
     sizes: Sizes
@@ -165,13 +166,13 @@ def _move(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
 def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: Dynamic, weights: Sequence[torch.Tensor]) -> ResidualStore:
     """Take the buffers, filled with zeros: a weight of 0 does not exclude a buffer that holds NaN.
 
-    ``sizes`` has one entry for each live-out, and one for the front's output where the program keeps it; ``dynamic`` are
+    ``sizes`` has one entry for each that is stored, and one for the front's output where the program keeps it; ``dynamic`` are
     the sizes of the graph's inputs, and the model's numbers among them, for which the store is valid.
     """
     with outside_inference_mode():
         residuals = [
             [torch.zeros(size, dtype=buffer.dtype, device=buffer.device) for _ in range(inputs.history)]
-            for size, buffer in zip(sizes, inputs.residuals, strict=False)
+            for size, buffer in zip(sizes, inputs.stored, strict=False)
         ]
         count = len(inputs.residuals) * statistics_length(inputs.history)
         measured = torch.zeros(count, dtype=inputs.accumulate, device=inputs.device)
