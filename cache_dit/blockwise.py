@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from . import passes
 from .backend import FallbackCompiler
 from .graph_report import GraphReport, RegionReport, describe_region
-from .lowering import choose_lowering, with_cache_examples
+from .lowering import choose_lowering, lower, with_cache_examples
 from .options import ProgramOptions
 from .runtime.buffers import Dynamic, Sizes
 from .runtime.program import Programs
@@ -110,7 +110,9 @@ class Blockwise:
         if self.report.region is None:
             self.report.region = self._described(region, inputs, len(bases))
         examples = with_cache_examples(graph, [node.meta["example_value"] for node in region.live_ins])
-        return choose_lowering(LOWERING).lower(graph, examples, self.compile_inner), inputs
+        replayed = self.compile_inner.replays_on(inputs.device)
+        form = choose_lowering(LOWERING)
+        return lower(form, graph, inputs, examples, self.compile_inner, replayed=replayed), inputs
 
     def _described(self, region: passes.Region, inputs: passes.CacheInputs, bases: int) -> RegionReport:
         """As of one block, but for the memory, which each block takes."""

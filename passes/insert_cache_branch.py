@@ -113,7 +113,8 @@ def insert_cache_branch(gm: fx.GraphModule, region: Region, options: BranchOptio
         measured = graph.call_function(operator.getitem, (cond, len(region.live_outs)))
         anchor = pred if options.front_anchored else None
         extra = [measured] if front is None else [measured, _front_clock(graph, region, call, front, inputs, anchor)]
-    measured.meta["example_value"] = example_of(placeholders["measured"])
+    before = _tensor(placeholders["measured"])
+    measured.meta["example_value"] = before.new_empty(before.shape)
     cond.meta = dict(call.meta)
     call.replace_all_uses_with(cond)
     graph.erase_node(call)

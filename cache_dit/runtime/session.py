@@ -21,6 +21,7 @@ from ..options import CacheOptions
 from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
+from ..torch_internals import begin_replayed_step
 from . import measurements
 from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
@@ -111,6 +112,8 @@ class Session:
         # the ranks that decide alike; None: this process by itself, or not known yet
         self.ranks: Ranks | None = None
         self._shares = False
+        # whether CUDA graphs may be made of this model's programs
+        self.replays = False
         self._touched: list[ResidualStore] = []
         # whether what calls the model stands in its compile slot, which others may take
         self.in_slot = True
@@ -151,6 +154,9 @@ class Session:
         if self._touched:
             self._touched.clear()
         self.began_anew = False
+        if self.replays:
+            # results of the calls before are copies, so what replays have left may be written over
+            begin_replayed_step()
         name = context_names.get().get(id(self)) or self.named_context
         if name is None and self.runs is not None:
             name = self.runs.context()
