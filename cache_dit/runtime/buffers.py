@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
 
@@ -14,6 +14,7 @@ from ..passes.insert_cache_branch import CacheInputs
 from ..passes.residual_math import statistics_length
 from ..torch_internals import outside_inference_mode, write_counters
 from .correction import Past
+from .transfers import Read, begin_read
 
 Sizes = tuple[tuple[int, ...], ...]
 Dynamic = tuple[float, ...]
@@ -30,8 +31,10 @@ class Measurement:
     replaced: torch.Tensor
     before: tuple[Point, ...]
     target: Point
+    # where the values lie on a device: waits for them alone
+    arrived: Read | None = None
     # where several ranks decide alike: waits for what all of them measured
-    agreed: Callable[[], list[float]] | None = None
+    agreed: Read | None = None
 
 
 @dataclass(slots=True)
@@ -54,7 +57,9 @@ class ResidualStore:
     last_step: int = 0
     pending: Measurement | None = None
     change: torch.Tensor | None = None
-    agreed_change: Callable[[], list[float]] | None = None
+    # as of a measurement
+    arrived_change: Read | None = None
+    agreed_change: Read | None = None
     front_known: bool = False
     errors: dict[str, float] = field(default_factory=dict)
     controls: ControlMark | None = None
@@ -76,9 +81,22 @@ class ResidualStore:
             flat.extend(history)
         return flat
 
+    def moved(self, change: torch.Tensor | None) -> None:
+        """Note how far the program found the front to have moved; None: not known, or read."""
+        self.change, self.agreed_change = change, None
+        self.arrived_change = None if change is None else begin_read(change)
+
+    def read_change(self) -> list[float] | None:
+        """The two numbers of it, once; None where there are none. Waits for the device, or for the other ranks."""
+        if self.change is None:
+            return None
+        values = (self.agreed_change or self.arrived_change or self.change.tolist)()
+        self.moved(None)
+        return values
+
     def computed(self, point: Point, values: torch.Tensor) -> None:
         """Note that the program has overwritten the oldest residual with that of ``point``. References move, no data."""
-        self.pending = Measurement(values, self.measured, self.points, point)
+        self.pending = Measurement(values, self.measured, self.points, point, begin_read(values))
         self.measured = values
         for history in self.residuals:
             # in one assignment: an interrupt between taking it out and putting it in would lose a buffer
@@ -92,7 +110,7 @@ class ResidualStore:
         self.gap = None
         self.pending = None
         self.weights.forget()
-        self.change = self.agreed_change = None
+        self.moved(None)
         self.front_known = False
         self.errors.clear()
         self.controls = None

@@ -323,8 +323,7 @@ class Session:
                 # the sampler has added noise: no line through what was before it
                 store.points = store.points[:1]
         if store.front is not None:
-            store.change = outputs[graph.outputs + 1] if store.front_known else None
-            store.agreed_change = None
+            store.moved(outputs[graph.outputs + 1] if store.front_known else None)
             store.front_known = True
         if self._shares:
             self._touched.append(store)
@@ -600,10 +599,10 @@ class Session:
 
     def _read_change(self, context: Context, store: ResidualStore, step: int) -> None:
         """Advance the front clock by what the last step measured; a computed step starts it anew behind its change."""
-        if store.change is None:
+        change = store.read_change()
+        if change is None:
             return
-        moved, size = store.change.tolist() if store.agreed_change is None else store.agreed_change()
-        store.change = store.agreed_change = None
+        moved, size = change
         context.last_increment = moved / size if size > 0.0 else 0.0
         if not store.points or store.points[0].step != step - 1:
             context.clock += context.last_increment
