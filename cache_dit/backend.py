@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -239,8 +239,10 @@ def rewrite_graph(
     gm: fx.GraphModule,
     program: ProgramOptions,
     sizes_known: Callable[[passes.CacheInputs, Sequence[fx.Node]], bool] = sizes_are_known,
+    *,
+    fetches: bool = True,
 ) -> Branched | passes.Refusal:
-    """The passes up to the cond form, over a copy."""
+    """The passes up to the cond form, over a copy. ``fetches``: as of `BranchOptions`."""
     if torch.is_grad_enabled():
         return passes.Refusal("grad_mode")
     graph = copy_dynamo_graph(gm)
@@ -257,7 +259,7 @@ def rewrite_graph(
         record_rewrite("localize_region", 1, graph)
         region = local
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
-    inputs = passes.insert_cache_branch(graph, region, program.branch)
+    inputs = passes.insert_cache_branch(graph, region, replace(program.branch, fetches=fetches))
     record_rewrite("insert_cache_branch", 1, graph)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if not sizes_known(inputs, placeholders):

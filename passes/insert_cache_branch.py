@@ -13,6 +13,7 @@ from torch import fx
 from ..torch_internals import graph_module_like, hint_of, without_source
 from . import residual_math
 from .choose_region import Region
+from .from_host import is_offloaded
 from .graph_values import example_of
 from .outline_region import REGION_NAME
 
@@ -34,6 +35,8 @@ class BranchOptions:
     residual_device: str | None = None
     # the front's change is measured against the last computed step instead of the last one
     front_anchored: bool = False
+    # what is kept in host memory is taken from there by `from_host`, else by a plain copy
+    fetches: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class CacheInputs:
     front: ResidualBuffer | None
     accumulate: torch.dtype
     device: torch.device
+    # whether programs take their residuals by `from_host`
+    fetches: bool = False
 
     @property
     def stored(self) -> tuple[ResidualBuffer, ...]:
@@ -133,7 +138,8 @@ def _cache_inputs(region: Region, options: BranchOptions) -> CacheInputs:
     if options.front_clock:
         value = _tensor(_front_of(region))
         front = ResidualBuffer(tuple(value.shape), value.dtype, value.device)
-    return CacheInputs(residuals, options.history, front, accumulate, device)
+    fetches = options.fetches and any(is_offloaded(residual.device, device) for residual in residuals)
+    return CacheInputs(residuals, options.history, front, accumulate, device, fetches)
 
 
 def _buffer_of(value: torch.Tensor, options: BranchOptions, accumulate: torch.dtype) -> ResidualBuffer:
@@ -249,7 +255,8 @@ class _BranchWriter:
             accumulate = self.inputs.accumulate
             residual = residual_math.residual_of(value, bases[j], accumulate)
             stored, scales = self._stored(j, named, tracer)
-            measured.extend(residual_math.store(residual, stored, buffer.dtype, accumulate, scales))
+            before = self._arrived((*stored, *scales), value)
+            measured.extend(residual_math.store(residual, stored, buffer.dtype, accumulate, scales, before))
             outputs.append(_same_layout(value, _tensor(out.node)).node)
         stacked: Any = torch.stack(measured)
         graph.output((*outputs, stacked.node))
@@ -267,6 +274,8 @@ class _BranchWriter:
         for j, out in enumerate(self.region.live_outs):
             example = _tensor(out.node)
             stored, scales = self._stored(j, named, tracer)
+            arrived = self._arrived((*stored, *scales), next((base for base in bases if base is not None), control))
+            stored, scales = arrived[:history], arrived[history:]
             predicted = residual_math.predict(stored, control, accumulate, example.device, scales)
             if self.options.noise and example.dtype.is_floating_point:
                 mean_square = measured[j * residual_math.statistics_length(history) + 1]
@@ -302,6 +311,14 @@ class _BranchWriter:
         kinds = ("residual",) if self.inputs.residuals[j].scale is None else ("residual", "scale")
         found = [[fx.Proxy(named[f"{kind}_{j}_{k}"], tracer) for k in range(self.inputs.history)] for kind in kinds]
         return found[0], found[1] if len(found) > 1 else []
+
+    def _arrived(self, kept: Sequence[fx.Proxy], after: fx.Proxy) -> list[fx.Proxy]:
+        """What is kept in host memory on the device, no earlier than ``after``; all else as it is."""
+        if not self.inputs.fetches:
+            return list(kept)
+        tracer: Any = after.tracer
+        target = torch.ops.cache_dit.from_host.default
+        return [fx.Proxy(tracer.create_node("call_function", target, (each.node, after.node), {}), tracer) for each in kept]
 
     def _bases(self, live_ins: dict[fx.Node, fx.Node], tracer: Any) -> list[fx.Proxy | None]:
         by_name = {node.name: copy for node, copy in live_ins.items() if node.op == "placeholder"}

@@ -41,12 +41,18 @@ def residual_of(output: Value, base: Value | None, accumulate: torch.dtype) -> V
 
 
 def store(
-    residual: Value, stored: Sequence[Value], dtype: torch.dtype, accumulate: torch.dtype, scales: Sequence[Value] = ()
+    residual: Value,
+    stored: Sequence[Value],
+    dtype: torch.dtype,
+    accumulate: torch.dtype,
+    scales: Sequence[Value] = (),
+    before: Sequence[Value] | None = None,
 ) -> list[Value]:
     """Measure the residual, write it over the oldest stored one, and return the statistics (scalars, accumulate dtype).
 
     Elements that are not finite, or beyond what the dtype holds, are stored as 0 and counted, so that a later forecast with
-    weight 0 stays finite (0 * NaN is NaN). ``scales``: of the stored ones, where they have any.
+    weight 0 stays finite (0 * NaN is NaN). ``scales``: of the stored ones, where they have any. ``before``: what to read the
+    stored ones and their scales from, where that is not where they are written.
     """
     # a row's largest element times its scale may be rounded up
     largest = _largest(accumulate) / 2.0 if scales else min(_largest(dtype), _largest(accumulate))
@@ -60,7 +66,8 @@ def store(
     else:
         kept = kept.to(dtype)
         truth = kept.to(accumulate)
-    history = list(_restored(stored, scales, truth.device, accumulate))
+    read = (*stored, *scales) if before is None else before
+    history = list(_restored(read[: len(stored)], read[len(stored) :], truth.device, accumulate))
     differences = [truth - history[0], *(newer - older for newer, older in pairwise(history))]
     measured = [(~finite).sum().to(accumulate), (truth * truth).mean()]
     for a in range(len(differences)):

@@ -140,7 +140,8 @@ def _compile(
     language, program = options.language, options.program()
     structure, plain = _with_tensor_outputs(traced)
     report = GraphReport.of(plain, None, None)
-    rewritten = rewrite_graph(plain, program, _sizes_known)
+    # a compiled library knows no operations of ours
+    rewritten = rewrite_graph(plain, program, _sizes_known, fetches=False)
     if isinstance(rewritten, passes.Refusal):
         report.reason, report.detail = rewritten.key, rewritten.detail
         raise CacheDitError(text("no_region", language, details=report.refusal_text(language)))

@@ -10,7 +10,8 @@ from operator import is_
 import torch
 
 from ..forecasts import Point
-from ..passes.insert_cache_branch import CacheInputs
+from ..passes.from_host import is_offloaded
+from ..passes.insert_cache_branch import CacheInputs, ResidualBuffer
 from ..passes.residual_math import statistics_length
 from ..torch_internals import outside_inference_mode, write_counters
 from .correction import Past
@@ -76,10 +77,11 @@ class ResidualStore:
 
     def operands(self) -> list[torch.Tensor]:
         """The buffers in the order the programs take them."""
-        flat = [self.front] if self.front is not None else []
-        for history in self.residuals:
-            flat.extend(history)
-        return flat
+        return [*([self.front] if self.front is not None else []), *self.kept()]
+
+    def kept(self) -> list[torch.Tensor]:
+        """The residuals and their scales among them."""
+        return [each for history in self.residuals for each in history]
 
     def moved(self, change: torch.Tensor | None) -> None:
         """Note how far the program found the front to have moved; None: not known, or read."""
@@ -181,6 +183,13 @@ def _move(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     return torch.where(change > 0, change / size, torch.zeros_like(change))
 
 
+def _zeros(size: Sequence[int], buffer: ResidualBuffer, inputs: CacheInputs) -> torch.Tensor:
+    if is_offloaded(buffer.device, inputs.device):
+        # pinned: a device copies from and to other host memory by way of such, and makes the host wait
+        return torch.zeros(size, dtype=buffer.dtype, pin_memory=True)
+    return torch.zeros(size, dtype=buffer.dtype, device=buffer.device)
+
+
 def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: Dynamic, weights: Sequence[torch.Tensor]) -> ResidualStore:
     """Take the buffers, filled with zeros: a weight of 0 does not exclude a buffer that holds NaN.
 
@@ -189,7 +198,7 @@ def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: Dynamic, weights: Seque
     """
     with outside_inference_mode():
         residuals = [
-            [torch.zeros(size, dtype=buffer.dtype, device=buffer.device) for _ in range(inputs.history)]
+            [_zeros(size, buffer, inputs) for _ in range(inputs.history)]
             for size, buffer in zip(sizes, inputs.stored, strict=False)
         ]
         count = len(inputs.residuals) * statistics_length(inputs.history)

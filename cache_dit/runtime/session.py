@@ -27,6 +27,7 @@ from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .corrector import Corrector
 from .observers import CallRecord, Observer, RunSource
+from .offload import Offload
 from .operands import CacheOperands
 from .program import Cacheable, UncachedGraph
 from .ranks import Ranks, find_members, measures
@@ -132,6 +133,7 @@ class Session:
         self._compiles_seen = 0
         self._several_graphs = False
         self._operands = CacheOperands(options.noise_scale)
+        self._offload = Offload()
         self._corrector = Corrector(options, self.said, self._operands)
 
     # ---- a call of the model -----------------------------------------------------------------------------------
@@ -313,7 +315,12 @@ class Session:
         point = Point(forward.tick.step, forward.time)
         before = store.points
         flat = (*args, *self._cache_operands(graph, store, point, forward.tick, skip), *store.operands())
-        outputs = (graph.programs.reuse if skip else graph.programs.compute)(flat)
+        program = graph.programs.reuse if skip else graph.programs.compute
+        if graph.inputs.fetches:
+            with self._offload.under_way(store.kept(), graph.inputs.device, written=not skip):
+                outputs = program(flat)
+        else:
+            outputs = program(flat)
         if skip:
             forward.skipped += 1
         else:
