@@ -421,6 +421,19 @@ def test_residuals_may_be_kept_in_eight_bits_with_a_scale_for_each_row(name: str
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(branched.state.snapshot(), before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_scales_are_of_the_precision_that_sums_are_made_in(dtype: torch.dtype, scale: torch.dtype) -> None:
+    branched = Branched(traced_variant("two_streams", dtype), BranchOptions(residual_dtype=torch.int8))
+    assert [buffer.dtype for buffer in branched.inputs.stored] == [torch.int8, scale] * 2
+    expected = branched.computed()
+    again = branched(compute=False)
+    assert again[0].dtype == dtype
+    torch.testing.assert_close(again[0], expected[0], rtol=0.05, atol=0.05)
+
+
 def test_what_is_no_floating_number_and_what_is_no_row_is_kept_as_it_is() -> None:
     captured = traced_variant("stack")
     region = find_region(captured.copy())
