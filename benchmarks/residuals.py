@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from demo_model import load_model, sample
 
 STEPS, SAMPLES = 20, 4
-DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
 def drawn(dtype: str | None) -> tuple[torch.Tensor, int]:

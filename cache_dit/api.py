@@ -80,7 +80,8 @@ def enable_cache(
         enable_stats: whether calls are timed (default True).
         debug: whether each call prints one line (default False).
         front_blocks, back_blocks: blocks at the start and the end of the chain that always compute (default 1, 0).
-        residual_dtype, residual_device: how residuals are kept (default: as the model's own values).
+        residual_dtype, residual_device: how residuals are kept (default: as the model's own values). 8 bits (int8, float8) come
+            with a scale for each row along the last dimension.
         schedule: an explicit mask by step, ``'1'`` or True = compute; overrides the strategy.
         start_percent, end_percent: skip only within this part of a run whose number of steps is known (0.0, 1.0).
         region: module path, or a pair of them, of the part to cache where the finder should not choose.

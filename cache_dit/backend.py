@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import fx
 from . import passes
 from .errors import CacheDitError, NoBlocksError
 from .graph_report import GraphReport, describe_region
-from .lowering import Unsuited, choose_lowering, with_cache_examples
+from .lowering import Unsuited, choose_lowering, lower, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options
 from .other_project import warn_of_other_project
@@ -33,6 +33,7 @@ from .torch_internals import (
     frame_id,
     inner_compiler,
     is_tracer_signal,
+    makes_cuda_graphs,
     recompile_reason,
     record_rewrite,
     starts_compiled_call,
@@ -174,7 +175,7 @@ def compile_graph(
         runnable = UncachedGraph(compile_inner(copy_dynamo_graph(gm), examples), report, calls.note)
     else:
         report.region = describe_region(rewritten.region, rewritten.inputs)
-        programs = _lowered(rewritten.graph, examples, program, compile_inner, report, language)
+        programs = _lowered(rewritten, examples, program, compile_inner, report, language)
         plain = _plain(gm, program, compile_inner)
         runnable = CachedGraph(
             calls.find, programs, plain, rewritten.inputs, gm, report, frame_id(gm), rewritten.controls
@@ -192,7 +193,12 @@ class FallbackCompiler:
         self.__name__ = "cache_dit"
         self._program, self._language = program, language
         self._compile = inner_compiler(program.inner, mode, dict(program.inner_options))
+        self._replays = makes_cuda_graphs(program.inner, mode, dict(program.inner_options))
         self.gave_up = False
+
+    def replays_on(self, device: torch.device) -> bool:
+        """Whether CUDA graphs are made of what is compiled for a device."""
+        return self._replays and device.type == "cuda"
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         spare = copy_dynamo_graph(gm)
@@ -233,8 +239,10 @@ def rewrite_graph(
     gm: fx.GraphModule,
     program: ProgramOptions,
     sizes_known: Callable[[passes.CacheInputs, Sequence[fx.Node]], bool] = sizes_are_known,
+    *,
+    fetches: bool = True,
 ) -> Branched | passes.Refusal:
-    """The passes up to the cond form, over a copy."""
+    """The passes up to the cond form, over a copy. ``fetches``: as of `BranchOptions`."""
     if torch.is_grad_enabled():
         return passes.Refusal("grad_mode")
     graph = copy_dynamo_graph(gm)
@@ -251,7 +259,7 @@ def rewrite_graph(
         record_rewrite("localize_region", 1, graph)
         region = local
     record_rewrite("outline_region", passes.outline_region(graph, region), graph)
-    inputs = passes.insert_cache_branch(graph, region, program.branch)
+    inputs = passes.insert_cache_branch(graph, region, replace(program.branch, fetches=fetches))
     record_rewrite("insert_cache_branch", 1, graph)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if not sizes_known(inputs, placeholders):
@@ -278,7 +286,7 @@ def find_region(
 
 
 def _lowered(
-    graph: fx.GraphModule,
+    rewritten: Branched,
     examples: Sequence[Any],
     program: ProgramOptions,
     compile_inner: FallbackCompiler,
@@ -287,15 +295,16 @@ def _lowered(
 ) -> Programs:
     """The programs in the form that was asked for, else whole where the graph does not come in pieces."""
     form = choose_lowering(program.lowering)
-    examples = with_cache_examples(graph, examples)
+    graph, inputs = rewritten.graph, rewritten.inputs
+    examples, replayed = with_cache_examples(graph, examples), compile_inner.replays_on(inputs.device)
     try:
-        programs = form.lower(graph, examples, compile_inner)
+        programs = lower(form, graph, inputs, examples, compile_inner, replayed=replayed)
     except Unsuited as error:
         asked, form = form.name, choose_lowering("specialize")
         if program.lowering == asked:
             why = text(f"whole_{error}", language)
             warn("lowering_replaced", language, wanted=asked, why=why, used=form.name)
-        programs = form.lower(graph, examples, compile_inner)
+        programs = lower(form, graph, inputs, examples, compile_inner, replayed=replayed)
     report.lowering = form.name
     return programs
 

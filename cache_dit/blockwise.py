@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from . import passes
 from .backend import FallbackCompiler
 from .graph_report import GraphReport, RegionReport, describe_region
-from .lowering import choose_lowering, with_cache_examples
+from .lowering import choose_lowering, lower, with_cache_examples
 from .options import ProgramOptions
 from .runtime.buffers import Dynamic, Sizes
 from .runtime.program import Programs
@@ -110,7 +110,9 @@ class Blockwise:
         if self.report.region is None:
             self.report.region = self._described(region, inputs, len(bases))
         examples = with_cache_examples(graph, [node.meta["example_value"] for node in region.live_ins])
-        return choose_lowering(LOWERING).lower(graph, examples, self.compile_inner), inputs
+        replayed = self.compile_inner.replays_on(inputs.device)
+        form = choose_lowering(LOWERING)
+        return lower(form, graph, inputs, examples, self.compile_inner, replayed=replayed), inputs
 
     def _described(self, region: passes.Region, inputs: passes.CacheInputs, bases: int) -> RegionReport:
         """As of one block, but for the memory, which each block takes."""
@@ -293,7 +295,7 @@ class BlockGraph:
         self._block, self._session, self._streams = weakref.ref(block), owner.session, streams
         self.inputs, self.report, self.frame, self.outputs = inputs, owner.report, id(owner), len(streams.base_of)
         self.programs = Programs(self._computing(programs), self._reusing(programs))
-        buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
+        buffers = [*inputs.stored, *([inputs.front] if inputs.front is not None else [])]
         self._sizes = tuple(tuple(map(int, buffer.sizes)) for buffer in buffers)
 
     def call(self, run: Callable[[], tuple[Any, bool]], given: Sequence[Tensor]) -> tuple[Any, bool]:

@@ -106,7 +106,7 @@ def _value(node: fx.Node, base: fx.Node | None = None) -> ValueReport:
 
 
 def _buffer_bytes(inputs: CacheInputs) -> int | None:
-    buffers = [*(buffer for buffer in inputs.residuals for _ in range(inputs.history))]
+    buffers = [*(buffer for buffer in inputs.stored for _ in range(inputs.history))]
     if inputs.front is not None:
         buffers.append(inputs.front)
     if not all(isinstance(size, int) for buffer in buffers for size in buffer.sizes):

@@ -43,6 +43,7 @@ RESIDUAL_DTYPES: Final = (
     "float8_e5m2",
     "float8_e4m3fnuz",
     "float8_e5m2fnuz",
+    "int8",
 )
 
 

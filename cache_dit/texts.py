@@ -211,9 +211,9 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     ),
     "out_of_memory": (
         "没有足够的内存存放缓存，本模型照常计算\n"
-        "解决方案: 使用 residual_dtype=torch.bfloat16、residual_device='cpu' 或 forecast='reuse'",
+        "解决方案: 使用 residual_dtype=torch.bfloat16 或 torch.int8、residual_device='cpu' 或 forecast='reuse'",
         "Not enough memory for the cache: the model computes as usual\n"
-        "Remedy: residual_dtype=torch.bfloat16, residual_device='cpu' or forecast='reuse'",
+        "Remedy: residual_dtype=torch.bfloat16 or torch.int8, residual_device='cpu' or forecast='reuse'",
     ),
     "control_ignored": (
         "从外部进入被缓存块的输入（例如 ControlNet 的输出）在跳过的步上改变了 {moved:.1f}%，这些步听不到这种变化\n"

@@ -342,7 +342,7 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     Raises
     ------
     CacheDitError
-        torch knows no backend of that name.
+        torch knows no backend of that name, or no such mode.
     """
     if callable(inner):
         return lambda gm, examples: inner(gm, examples, **({"options": options} if options else {}))
@@ -358,6 +358,30 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     except InvalidBackend as error:
         raise CacheDitError(f"inner={inner!r}: {error}") from error
     return lambda gm, examples: compiler(gm, examples, **({"options": options} if options else {}))
+
+
+def makes_cuda_graphs(inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether an inner compiler, so asked, records CUDA graphs where it compiles for a GPU."""
+    if inner == "cudagraphs":
+        return True
+    if inner != "inductor":
+        return False
+    from torch._inductor import config
+
+    return bool(_patches(mode, options).get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def begin_replayed_step() -> None:
+    """Tell CUDA graphs that a call begins: what former calls gave may be written over from here on."""
+    mark: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+    mark()
+
+
+def at_fixed_address(node: fx.Node) -> fx.Node:
+    """Mark a graph input as a tensor that stays where it is, as ``torch._dynamo.mark_static_address`` does for a user's:
+    CUDA graphs may write to it, and do not copy it. One that comes with another address is recorded anew (seen in 2.13)."""
+    node.meta["tensor_dict"] = {**(node.meta.get("tensor_dict") or {}), "_dynamo_static_input_type": "unguarded"}
+    return node
 
 
 def forward_of(gm: fx.GraphModule) -> Callable[..., Any]:
@@ -474,12 +498,22 @@ def is_tracer_signal(error: Exception) -> bool:
     return isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
 
 
-def _inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+def _patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's options: those of the mode, which may stand among them, and over them those that are named."""
     import torch._inductor
+
+    named = dict(options)
+    mode = named.pop("mode", mode)
+    try:
+        return {**(torch._inductor.list_mode_options(mode) if mode else {}), **named}
+    except RuntimeError as error:
+        raise CacheDitError(f"inner_options: {error}") from error
+
+
+def _inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(torch._inductor.list_mode_options(mode)) if mode else {}
-    patches.update(options)
+    patches = _patches(mode, options)
     return lambda gm, examples: compile_fx(gm, examples, config_patches=patches or None)
 
 
@@ -549,7 +583,7 @@ def aot_compile(gm: fx.GraphModule, options: dict[str, Any]) -> list[Any]:
             gm,
             examples,
             config_patches={
-                **options,
+                **_patches(None, options),
                 "aot_inductor.package": True,
                 "aot_inductor.package_constants_in_so": False,
                 "aot_inductor.package_constants_on_disk_format": "pickle_weights",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx
 from ..torch_internals import graph_module_like, hint_of, without_source
 from . import residual_math
 from .choose_region import Region
+from .from_host import is_offloaded
 from .graph_values import example_of
 from .outline_region import REGION_NAME
 
@@ -34,15 +35,27 @@ class BranchOptions:
     residual_device: str | None = None
     # the front's change is measured against the last computed step instead of the last one
     front_anchored: bool = False
+    # what is kept in host memory is taken from there by `from_host`, else by a plain copy
+    fetches: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class ResidualBuffer:
-    """One live-out's cache: sizes (ints or symbolic), dtype and device; ``history`` buffers of it are held."""
+    """One live-out's cache: sizes (ints or symbolic), dtype and device; ``history`` buffers of it are held.
+
+    ``scale``: dtype of the numbers by which the elements of each row along the last dimension are multiplied; None: no such
+    numbers are kept.
+    """
 
     sizes: tuple[int | torch.SymInt, ...]
     dtype: torch.dtype
     device: torch.device
+    scale: torch.dtype | None = None
+
+    @property
+    def scales(self) -> ResidualBuffer | None:
+        """The buffer of the scales, one for each row; None where there are none."""
+        return None if self.scale is None else ResidualBuffer((*self.sizes[:-1], 1), self.scale, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +64,8 @@ class CacheInputs:
 
     inputs: ``pred`` (bool, 0-d; True computes), ``control`` (floating, [history + 1]: weights, newest first, then the noise
     scale), ``key`` (int64, 0-d), ``measured`` (statistics of the last computed step), ``front`` (only with the front
-    clock), then for each live-out its residuals, newest first; a computed step overwrites the last one.
+    clock), then for each live-out its residuals, newest first, and behind them their scales where there are any; a computed
+    step overwrites the last one of each.
     outputs: ``measured`` (floating, [live-outs * n]), then ``change`` (floating, [2], only with the front clock).
     """
 
@@ -60,6 +74,13 @@ class CacheInputs:
     front: ResidualBuffer | None
     accumulate: torch.dtype
     device: torch.device
+    # whether programs take their residuals by `from_host`
+    fetches: bool = False
+
+    @property
+    def stored(self) -> tuple[ResidualBuffer, ...]:
+        """What is held ``history`` times, in the order of the inputs: each live-out's residual, then its scales."""
+        return tuple(buffer for residual in self.residuals for buffer in (residual, residual.scales) if buffer is not None)
 
 
 def insert_cache_branch(gm: fx.GraphModule, region: Region, options: BranchOptions) -> CacheInputs:
@@ -97,7 +118,8 @@ def insert_cache_branch(gm: fx.GraphModule, region: Region, options: BranchOptio
         measured = graph.call_function(operator.getitem, (cond, len(region.live_outs)))
         anchor = pred if options.front_anchored else None
         extra = [measured] if front is None else [measured, _front_clock(graph, region, call, front, inputs, anchor)]
-    measured.meta["example_value"] = example_of(placeholders["measured"])
+    before = _tensor(placeholders["measured"])
+    measured.meta["example_value"] = before.new_empty(before.shape)
     cond.meta = dict(call.meta)
     call.replace_all_uses_with(cond)
     graph.erase_node(call)
@@ -111,19 +133,31 @@ def _cache_inputs(region: Region, options: BranchOptions) -> CacheInputs:
     values = [_tensor(out.node) for out in region.live_outs]
     accumulate = residual_math.accumulation_dtype(values[0].dtype)
     device = values[0].device
-    residuals = tuple(
-        ResidualBuffer(
-            tuple(value.shape),
-            options.residual_dtype if options.residual_dtype and value.dtype.is_floating_point else value.dtype,
-            torch.device(options.residual_device) if options.residual_device else value.device,
-        )
-        for value in values
-    )
+    residuals = tuple(_buffer_of(value, options, accumulate) for value in values)
     front = None
     if options.front_clock:
         value = _tensor(_front_of(region))
         front = ResidualBuffer(tuple(value.shape), value.dtype, value.device)
-    return CacheInputs(residuals, options.history, front, accumulate, device)
+    fetches = options.fetches and any(is_offloaded(residual.device, device) for residual in residuals)
+    return CacheInputs(residuals, options.history, front, accumulate, device, fetches)
+
+
+def _buffer_of(value: torch.Tensor, options: BranchOptions, accumulate: torch.dtype) -> ResidualBuffer:
+    dtype = options.residual_dtype if options.residual_dtype and value.dtype.is_floating_point else value.dtype
+    scaled = dtype in residual_math.SCALED
+    if scaled and value.dim() == 0:
+        # one number is no row
+        dtype, scaled = value.dtype, False
+    device = torch.device(options.residual_device) if options.residual_device else value.device
+    return ResidualBuffer(tuple(value.shape), dtype, device, accumulate if scaled else None)
+
+
+def _named_buffers(inputs: CacheInputs) -> Iterator[tuple[str, ResidualBuffer]]:
+    """The names of the inputs that hold residuals and their scales, in order."""
+    for j, residual in enumerate(inputs.residuals):
+        for name, buffer in (("residual", residual), ("scale", residual.scales)):
+            if buffer is not None:
+                yield from ((f"{name}_{j}_{k}", buffer) for k in range(inputs.history))
 
 
 def _tensor(node: fx.Node) -> torch.Tensor:
@@ -156,9 +190,8 @@ def _add_placeholders(graph: fx.Graph, inputs: CacheInputs, like: torch.Tensor) 
     }
     if inputs.front is not None:
         examples["front"] = empty(inputs.front.sizes, inputs.front.dtype, inputs.front.device)
-    for j, buffer in enumerate(inputs.residuals):
-        for k in range(inputs.history):
-            examples[f"residual_{j}_{k}"] = empty(buffer.sizes, buffer.dtype, buffer.device)
+    for name, buffer in _named_buffers(inputs):
+        examples[name] = empty(buffer.sizes, buffer.dtype, buffer.device)
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     placeholders = {}
     for name, example in examples.items():
@@ -221,8 +254,9 @@ class _BranchWriter:
             buffer = self.inputs.residuals[j]
             accumulate = self.inputs.accumulate
             residual = residual_math.residual_of(value, bases[j], accumulate)
-            stored = [fx.Proxy(named[f"residual_{j}_{k}"], tracer) for k in range(self.inputs.history)]
-            measured.extend(residual_math.store(residual, stored, buffer.dtype, accumulate))
+            stored, scales = self._stored(j, named, tracer)
+            before = self._arrived((*stored, *scales), value)
+            measured.extend(residual_math.store(residual, stored, buffer.dtype, accumulate, scales, before))
             outputs.append(_same_layout(value, _tensor(out.node)).node)
         stacked: Any = torch.stack(measured)
         graph.output((*outputs, stacked.node))
@@ -239,8 +273,10 @@ class _BranchWriter:
         outputs = []
         for j, out in enumerate(self.region.live_outs):
             example = _tensor(out.node)
-            stored = [fx.Proxy(named[f"residual_{j}_{k}"], tracer) for k in range(history)]
-            predicted = residual_math.predict(stored, control, accumulate, example.device)
+            stored, scales = self._stored(j, named, tracer)
+            arrived = self._arrived((*stored, *scales), next((base for base in bases if base is not None), control))
+            stored, scales = arrived[:history], arrived[history:]
+            predicted = residual_math.predict(stored, control, accumulate, example.device, scales)
             if self.options.noise and example.dtype.is_floating_point:
                 mean_square = measured[j * residual_math.statistics_length(history) + 1]
                 size = control[history] * torch.sqrt(mean_square)
@@ -258,9 +294,7 @@ class _BranchWriter:
 
     def _begin(self) -> tuple[fx.Graph, dict[str, fx.Node], dict[fx.Node, fx.Node]]:
         graph = fx.Graph()
-        names = ["control", "key", "measured"]
-        for j in range(len(self.inputs.residuals)):
-            names.extend(f"residual_{j}_{k}" for k in range(self.inputs.history))
+        names = ["control", "key", "measured", *(name for name, _ in _named_buffers(self.inputs))]
         named = {name: graph.placeholder(f"cache_{name}") for name in names}
         live_ins = {}
         for node in self.body.graph.nodes:
@@ -271,6 +305,20 @@ class _BranchWriter:
                 copy.meta = dict(node.meta)
                 live_ins[node] = copy
         return graph, named, live_ins
+
+    def _stored(self, j: int, named: dict[str, fx.Node], tracer: Any) -> tuple[list[fx.Proxy], list[fx.Proxy]]:
+        """The residuals of a live-out and their scales, newest first; no scales where none are kept."""
+        kinds = ("residual",) if self.inputs.residuals[j].scale is None else ("residual", "scale")
+        found = [[fx.Proxy(named[f"{kind}_{j}_{k}"], tracer) for k in range(self.inputs.history)] for kind in kinds]
+        return found[0], found[1] if len(found) > 1 else []
+
+    def _arrived(self, kept: Sequence[fx.Proxy], after: fx.Proxy) -> list[fx.Proxy]:
+        """What is kept in host memory on the device, no earlier than ``after``; all else as it is."""
+        if not self.inputs.fetches:
+            return list(kept)
+        tracer: Any = after.tracer
+        target = torch.ops.cache_dit.from_host.default
+        return [fx.Proxy(tracer.create_node("call_function", target, (each.node, after.node), {}), tracer) for each in kept]
 
     def _bases(self, live_ins: dict[fx.Node, fx.Node], tracer: Any) -> list[fx.Proxy | None]:
         by_name = {node.name: copy for node, copy in live_ins.items() if node.op == "placeholder"}

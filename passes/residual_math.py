@@ -9,7 +9,7 @@ forecast whose weights sum to 1 (:mod:`cache_dit.forecasts.error`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 
 # A tensor, or a proxy of one while a graph is written.
 Value = Any
+
+# Stored with a scale for each row along the last dimension.
+SCALED = frozenset({torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz})
 
 # Odd constants of integer hashes (Weyl's golden ratio, and the finalizer of MurmurHash3), as signed 32-bit numbers.
 _GOLDEN, _FIRST, _SECOND = -0x61C88647, -0x7A143595, -0x3D4D51CB
@@ -37,23 +40,63 @@ def residual_of(output: Value, base: Value | None, accumulate: torch.dtype) -> V
     return output.to(accumulate) if base is None else output.to(accumulate) - base.to(accumulate)
 
 
-def store(residual: Value, stored: Sequence[Value], dtype: torch.dtype, accumulate: torch.dtype) -> list[Value]:
+def store(
+    residual: Value,
+    stored: Sequence[Value],
+    dtype: torch.dtype,
+    accumulate: torch.dtype,
+    scales: Sequence[Value] = (),
+    before: Sequence[Value] | None = None,
+) -> list[Value]:
     """Measure the residual, write it over the oldest stored one, and return the statistics (scalars, accumulate dtype).
 
     Elements that are not finite, or beyond what the dtype holds, are stored as 0 and counted, so that a later forecast with
-    weight 0 stays finite (0 * NaN is NaN).
+    weight 0 stays finite (0 * NaN is NaN). ``scales``: of the stored ones, where they have any. ``before``: what to read the
+    stored ones and their scales from, where that is not where they are written.
     """
+    # a row's largest element times its scale may be rounded up
+    largest = _largest(accumulate) / 2.0 if scales else min(_largest(dtype), _largest(accumulate))
     # before rounding, since some conversions to 8 bits turn infinity into the largest number; false for NaN too
-    finite = residual.abs() <= min(_largest(dtype), _largest(accumulate))
-    kept = torch.where(finite, residual, torch.zeros_like(residual)).to(dtype)
-    truth = kept.to(accumulate)
-    history = [buffer.to(truth.device).to(accumulate) for buffer in stored]
+    finite = residual.abs() <= largest
+    kept = torch.where(finite, residual, torch.zeros_like(residual))
+    scale: Value = None
+    if scales:
+        kept, scale = quantised(kept, dtype, accumulate)
+        truth = kept.to(accumulate) * scale
+    else:
+        kept = kept.to(dtype)
+        truth = kept.to(accumulate)
+    read = (*stored, *scales) if before is None else before
+    history = list(_restored(read[: len(stored)], read[len(stored) :], truth.device, accumulate))
     differences = [truth - history[0], *(newer - older for newer, older in pairwise(history))]
     measured = [(~finite).sum().to(accumulate), (truth * truth).mean()]
     for a in range(len(differences)):
         measured.extend((differences[a] * differences[b]).mean() for b in range(a, len(differences)))
     stored[-1].copy_(kept)
+    if scales:
+        scales[-1].copy_(scale)
     return measured
+
+
+def quantised(residual: Value, dtype: torch.dtype, accumulate: torch.dtype) -> tuple[Value, Value]:
+    """A finite residual in a dtype of 8 bits, and the scale of each row along the last dimension: the largest element of a row
+    becomes the largest number of the dtype. Their product is off by half a step of the dtype at most, times the scale."""
+    top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    # no smaller than a normal number: a row of zeros stays one, and nothing is divided by what a device takes for zero
+    scale = (residual.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(accumulate).tiny)
+    ratio = residual / scale
+    if dtype == torch.int8:
+        ratio = ratio.round()
+    # a division may be rounded up
+    return ratio.clamp(-top, top).to(dtype), scale
+
+
+def _restored(
+    stored: Sequence[Value], scales: Sequence[Value], device: torch.device, accumulate: torch.dtype
+) -> Iterator[Value]:
+    for k, buffer in enumerate(stored):
+        value = buffer.to(device).to(accumulate)
+        yield value * scales[k].to(device) if scales else value
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -64,11 +107,13 @@ def _largest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max if real else torch.iinfo(dtype).max
 
 
-def predict(stored: Sequence[Value], control: Value, accumulate: torch.dtype, device: torch.device) -> Value:
-    """The forecast residual: the sum of ``control[k] * stored[k]``."""
+def predict(
+    stored: Sequence[Value], control: Value, accumulate: torch.dtype, device: torch.device, scales: Sequence[Value] = ()
+) -> Value:
+    """The forecast residual: the sum of ``control[k] * stored[k]``, each times its scales where there are any."""
     predicted = None
-    for k, buffer in enumerate(stored):
-        term = buffer.to(device).to(accumulate) * control[k]
+    for k, value in enumerate(_restored(stored, scales, device, accumulate)):
+        term = value * control[k]
         predicted = term if predicted is None else predicted + term
     return predicted
 

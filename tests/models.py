@@ -528,12 +528,12 @@ def rewrite(
 
 
 class CacheState:
-    """What the runtime holds for one region, made by hand. ``residuals[j][k]``: the k-th newest of live-out j."""
+    """What the runtime holds for one region, made by hand. ``residuals[j][k]``: the k-th newest of ``inputs.stored[j]``."""
 
     def __init__(self, inputs: passes.CacheInputs, sizes: Sequence[Sequence[int]] | None = None) -> None:
-        """``sizes``, where those of ``inputs`` are symbolic: one for each live-out, then the front's where it is kept."""
+        """``sizes``, where those of ``inputs`` are symbolic: one for each that is stored, then the front's where it is kept."""
         self.inputs = inputs
-        buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
+        buffers = [*inputs.stored, *([inputs.front] if inputs.front is not None else [])]
         shapes = sizes if sizes is not None else [buffer.sizes for buffer in buffers]
         made = [
             [torch.zeros(tuple(shape), dtype=buffer.dtype) for _ in range(inputs.history)]
@@ -541,7 +541,7 @@ class CacheState:
         ]
         self.front = made.pop()[0] if inputs.front is not None else None
         self.residuals = made
-        self.measured = torch.zeros(len(made) * statistics_length(inputs.history), dtype=inputs.accumulate)
+        self.measured = torch.zeros(len(inputs.residuals) * statistics_length(inputs.history), dtype=inputs.accumulate)
 
     def operands(self, *, compute: bool, weights: Sequence[float] = (1.0,), noise: float = 0.0, key: int = 0) -> list[Tensor]:
         """The cache inputs of one call, in the order the graph takes them."""

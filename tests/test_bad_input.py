@@ -69,7 +69,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("debug", "yes", TypeError, "bool"),
     ("front_blocks", -1, ValueError, "int >= 0"),
     ("back_blocks", 1.5, TypeError, "int >= 0"),
-    ("residual_dtype", torch.int8, ValueError, "torch.bfloat16"),
+    ("residual_dtype", torch.uint8, ValueError, "torch.bfloat16"),
     ("residual_dtype", 16, TypeError, "torch.bfloat16"),
     ("residual_device", "gpu", ValueError, "torch.device"),
     ("residual_device", 0, TypeError, "torch.device"),

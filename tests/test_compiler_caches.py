@@ -36,6 +36,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "front_clock": {"strategy": "adaptive", "tolerance": 0.5},
     "inner_options": {"inner_options": {"epilogue_fusion": False}},
 }
+MORE: dict[str, dict[str, Any]] = {"int8": {"residual_dtype": "int8"}, "float8": {"residual_dtype": "float8_e4m3fn"}}
 
 
 @pytest.fixture(autouse=True)
@@ -75,12 +76,13 @@ def test_a_second_compilation_finds_every_program(lowering: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*OTHERS, *MORE])
 def test_another_option_is_another_program(name: str) -> None:
     """The caches are filled with the programs of the defaults; what runs is that of the option."""
     run("inductor")
-    compiled, _, misses = run("inductor", **OTHERS[name])
-    wanted, _, _ = run("eager", **OTHERS[name])
+    options = {**OTHERS, **MORE}[name]
+    compiled, _, misses = run("inductor", **options)
+    wanted, _, _ = run("eager", **options)
     assert misses >= 1
     for a, b in zip(compiled, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -90,7 +92,7 @@ def test_another_option_is_another_program_in_pieces_too() -> None:
     """A piece that an option leaves as it is may be found on disk; what runs is the option's program all the same."""
     run("inductor", lowering="pieces")
     missed = 0
-    for name, options in OTHERS.items():
+    for name, options in (OTHERS | MORE).items():
         compiled, _, misses = run("inductor", lowering="pieces", **options)
         wanted, _, _ = run("eager", **options)
         missed += misses

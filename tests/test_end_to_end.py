@@ -379,11 +379,18 @@ def test_inner_compilers_agree(inner: Any, lowering: str) -> None:
 
 @pytest.mark.parametrize("lowering", ["specialize", "pieces", "cond"])
 @pytest.mark.parametrize(
-    ("dtype", "part", "tolerance"), [("bfloat16", 2, 2e-2), ("float8_e4m3fn", 4, 2e-1), ("float8_e5m2", 4, 4e-1)]
+    ("dtype", "row", "tolerance"),
+    [
+        ("bfloat16", 2 * models.WIDTH, 2e-2),
+        ("int8", models.WIDTH + 4, 2e-2),
+        ("float8_e4m3fn", models.WIDTH + 4, 1e-1),
+        ("float8_e5m2", models.WIDTH + 4, 2e-1),
+    ],
 )
 def test_residuals_kept_smaller_are_rounded_and_take_less(
-    lowering: str, dtype: str, part: int, tolerance: float
+    lowering: str, dtype: str, row: int, tolerance: float
 ) -> None:
+    """``row``: bytes of a token, its scale among them."""
     model = models.seeded(models.TinyDiT)
     exact = copy.deepcopy(model)
     cache_dit.enable_cache(model, residual_dtype=dtype, lowering=lowering, **EXACT)
@@ -393,7 +400,9 @@ def test_residuals_kept_smaller_are_rounded_and_take_less(
             output, wanted = model(*call), exact(*call)
             assert torch.equal(output, wanted) == (not hit)
             torch.testing.assert_close(output, wanted, rtol=tolerance, atol=tolerance)
-    assert cache_dit.get_stats(model).cache_bytes * part == cache_dit.get_stats(exact).cache_bytes > 0
+    stats, wanted = cache_dit.get_stats(model), cache_dit.get_stats(exact)
+    assert stats.cache_bytes * 4 * models.WIDTH == wanted.cache_bytes * row > 0
+    assert (stats.hits, stats.calls, stats.nonfinite) == (wanted.hits, wanted.calls, 0)
 
 
 class Falling(nn.Module):

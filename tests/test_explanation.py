@@ -77,6 +77,8 @@ def test_after_a_call_it_names_blocks_values_and_bytes() -> None:
         ({"strategy": "adaptive"}, 4),
         ({"strategy": "adaptive", "correction": False}, 2),
         ({"residual_dtype": "bfloat16"}, 0.5),
+        # a scale of four bytes for each token
+        ({"residual_dtype": "int8"}, 0.25 + 1 / models.WIDTH),
     ],
 )
 @pytest.mark.parametrize("lowering", ["specialize", "pieces", "cond"])

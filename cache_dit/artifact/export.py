@@ -140,7 +140,8 @@ def _compile(
     language, program = options.language, options.program()
     structure, plain = _with_tensor_outputs(traced)
     report = GraphReport.of(plain, None, None)
-    rewritten = rewrite_graph(plain, program, _sizes_known)
+    # a compiled library knows no operations of ours
+    rewritten = rewrite_graph(plain, program, _sizes_known, fetches=False)
     if isinstance(rewritten, passes.Refusal):
         report.reason, report.detail = rewritten.key, rewritten.detail
         raise CacheDitError(text("no_region", language, details=report.refusal_text(language)))
@@ -278,7 +279,8 @@ def _input(name: str, value: Any, node: fx.Node) -> Input:
 
 def _buffer(buffer: passes.ResidualBuffer) -> Buffer:
     sizes = tuple(as_data(symbol_of(size)) for size in buffer.sizes)
-    return Buffer(sizes, manifests.dtype_name(buffer.dtype), buffer.device.type)
+    scale = None if buffer.scale is None else manifests.dtype_name(buffer.scale)
+    return Buffer(sizes, manifests.dtype_name(buffer.dtype), buffer.device.type, scale)
 
 
 def _check_symbols(content: Manifest, language: str | None) -> None:

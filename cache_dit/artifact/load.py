@@ -244,7 +244,7 @@ class _ArtifactGraph:
         """Sizes of the buffers for what `dynamic_sizes` gave."""
         symbols = {symbol: int(size) for symbol, size in zip(self._manifest.symbols, dynamic, strict=True)}
         front = self._manifest.front
-        buffers = (*self._manifest.residuals, *([] if front is None else [front]))
+        buffers = (*self._manifest.stored, *([] if front is None else [front]))
         return tuple(tuple(int(evaluate(size, symbols)) for size in buffer.sizes) for buffer in buffers)
 
     def watched(self, args: Sequence[Any]) -> Sequence[torch.Tensor]:
@@ -266,7 +266,7 @@ class _ArtifactGraph:
             flags = [torch.ones((), dtype=dtype, device=inputs.device) for dtype in (torch.bool, torch.int64)]
             buffers = [] if inputs.front is None else [inputs.front]
             spare = [torch.zeros(sizes[-1], dtype=each.dtype, device=each.device) for each in buffers]
-            for buffer, size in zip(inputs.residuals, sizes, strict=False):
+            for buffer, size in zip(inputs.stored, sizes, strict=False):
                 spare += [torch.zeros(size, dtype=buffer.dtype, device=buffer.device) for _ in range(inputs.history)]
         flat = (*args, flags[0], control, flags[1], measured, *spare)
         return self.programs.compute(flat)[: self.outputs]

@@ -17,7 +17,7 @@ from ..options import CacheOptions
 from ..passes.insert_cache_branch import CacheInputs, ResidualBuffer
 from .sizes import Size
 
-FORMAT = 1
+FORMAT = 2
 """Raised where older loaders would read an artifact wrongly."""
 MANIFEST_NAME = "cache_dit.json"
 COMPUTE_PROGRAM, REUSE_PROGRAM = "model", "reuse"
@@ -36,11 +36,17 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One cache buffer."""
+    """One cache buffer. ``scale``: dtype of the scales of its rows, where it has any."""
 
     sizes: tuple[Size, ...]
     dtype: str
     device: str
+    scale: str | None = None
+
+    @property
+    def scales(self) -> Buffer | None:
+        """The buffer of the scales."""
+        return None if self.scale is None else Buffer((*self.sizes[:-1], 1), self.scale, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +103,18 @@ class Manifest:
         """The leaves that are tensors: what the programs take, in order."""
         return [each for each in self.inputs if each.dtype is not None]
 
+    @property
+    def stored(self) -> list[Buffer]:
+        """As `CacheInputs.stored`."""
+        return [buffer for residual in self.residuals for buffer in (residual, residual.scales) if buffer is not None]
+
     def cache_inputs(self) -> CacheInputs:
         """What the programs take behind the tensors. Sizes are left to `Sizes`: the runtime asks for them at each call."""
 
         def buffer(each: Buffer) -> ResidualBuffer:
             known = tuple(size if isinstance(size, int) else -1 for size in each.sizes)
-            return ResidualBuffer(known, dtype_of(each.dtype), torch.device(each.device))
+            scale = None if each.scale is None else dtype_of(each.scale)
+            return ResidualBuffer(known, dtype_of(each.dtype), torch.device(each.device), scale)
 
         return CacheInputs(
             tuple(map(buffer, self.residuals)),
@@ -150,7 +162,7 @@ def loads(content: str) -> Manifest:
 
 
 def _buffer(data: Mapping[str, Any]) -> Buffer:
-    return Buffer(tuple(data["sizes"]), data["dtype"], data["device"])
+    return Buffer(tuple(data["sizes"]), data["dtype"], data["device"], data["scale"])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

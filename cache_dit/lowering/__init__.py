@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from ..passes import CacheInputs
 from ..passes.graph_values import example_of
 from ..runtime.program import Programs
 from .cond import lower_cond
 from .pieces import lower_pieces
+from .replays import hold_buffers, lasting
 from .specialize import lower_specialize
 from .unsuited import Unsuited
 
@@ -45,6 +47,26 @@ def choose_lowering(wanted: str) -> Lowering:
     return LOWERINGS[DEFAULT_LOWERING if wanted == "auto" else wanted]
 
 
+def lower(
+    form: Lowering,
+    gm: fx.GraphModule,
+    inputs: CacheInputs,
+    examples: Sequence[Any],
+    compile_inner: InnerCompiler,
+    *,
+    replayed: bool,
+) -> Programs:
+    """The programs of a rewritten graph in this form. ``replayed``: the inner compiler makes CUDA graphs of them.
+
+    Raises:
+        Unsuited: the graph is better compiled in another form.
+    """
+    if not replayed:
+        return form.lower(gm, examples, compile_inner)
+    hold_buffers(gm, inputs)
+    return lasting(form.lower(gm, examples, compile_inner), gm)
+
+
 def with_cache_examples(gm: fx.GraphModule, examples: Sequence[Any]) -> list[Any]:
     """The example inputs of the rewritten graph: those of the original, then those of the cache inputs."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -58,5 +80,6 @@ __all__ = [
     "Lowering",
     "Unsuited",
     "choose_lowering",
+    "lower",
     "with_cache_examples",
 ]

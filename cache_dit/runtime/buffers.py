@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
 
 import torch
 
 from ..forecasts import Point
-from ..passes.insert_cache_branch import CacheInputs
+from ..passes.from_host import is_offloaded
+from ..passes.insert_cache_branch import CacheInputs, ResidualBuffer
 from ..passes.residual_math import statistics_length
 from ..torch_internals import outside_inference_mode, write_counters
 from .correction import Past
+from .transfers import Read, begin_read
 
 Sizes = tuple[tuple[int, ...], ...]
 Dynamic = tuple[float, ...]
@@ -30,15 +32,18 @@ class Measurement:
     replaced: torch.Tensor
     before: tuple[Point, ...]
     target: Point
+    # where the values lie on a device: waits for them alone
+    arrived: Read | None = None
     # where several ranks decide alike: waits for what all of them measured
-    agreed: Callable[[], list[float]] | None = None
+    agreed: Read | None = None
 
 
 @dataclass(slots=True)
 class ResidualStore:
     """The residuals of one region in one context. ``points`` says when each was computed, newest first.
 
-    ``residuals[j][k]`` is the k-th newest residual of live-out j; only the first ``len(points)`` are valid.
+    ``residuals[j][k]`` is the k-th newest of ``CacheInputs.stored[j]``, a live-out's residual or its scales; only the first
+    ``len(points)`` are valid.
     """
 
     sizes: Sizes
@@ -53,7 +58,9 @@ class ResidualStore:
     last_step: int = 0
     pending: Measurement | None = None
     change: torch.Tensor | None = None
-    agreed_change: Callable[[], list[float]] | None = None
+    # as of a measurement
+    arrived_change: Read | None = None
+    agreed_change: Read | None = None
     front_known: bool = False
     errors: dict[str, float] = field(default_factory=dict)
     controls: ControlMark | None = None
@@ -70,14 +77,28 @@ class ResidualStore:
 
     def operands(self) -> list[torch.Tensor]:
         """The buffers in the order the programs take them."""
-        flat = [self.front] if self.front is not None else []
-        for history in self.residuals:
-            flat.extend(history)
-        return flat
+        return [*([self.front] if self.front is not None else []), *self.kept()]
+
+    def kept(self) -> list[torch.Tensor]:
+        """The residuals and their scales among them."""
+        return [each for history in self.residuals for each in history]
+
+    def moved(self, change: torch.Tensor | None) -> None:
+        """Note how far the program found the front to have moved; None: not known, or read."""
+        self.change, self.agreed_change = change, None
+        self.arrived_change = None if change is None else begin_read(change)
+
+    def read_change(self) -> list[float] | None:
+        """The two numbers of it, once; None where there are none. Waits for the device, or for the other ranks."""
+        if self.change is None:
+            return None
+        values = (self.agreed_change or self.arrived_change or self.change.tolist)()
+        self.moved(None)
+        return values
 
     def computed(self, point: Point, values: torch.Tensor) -> None:
         """Note that the program has overwritten the oldest residual with that of ``point``. References move, no data."""
-        self.pending = Measurement(values, self.measured, self.points, point)
+        self.pending = Measurement(values, self.measured, self.points, point, begin_read(values))
         self.measured = values
         for history in self.residuals:
             # in one assignment: an interrupt between taking it out and putting it in would lose a buffer
@@ -91,7 +112,7 @@ class ResidualStore:
         self.gap = None
         self.pending = None
         self.weights.forget()
-        self.change = self.agreed_change = None
+        self.moved(None)
         self.front_known = False
         self.errors.clear()
         self.controls = None
@@ -162,16 +183,23 @@ def _move(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     return torch.where(change == 0, torch.zeros_like(change), change / size)
 
 
+def _zeros(size: Sequence[int], buffer: ResidualBuffer, inputs: CacheInputs) -> torch.Tensor:
+    if is_offloaded(buffer.device, inputs.device):
+        # pinned: a device copies from and to other host memory by way of such, and makes the host wait
+        return torch.zeros(size, dtype=buffer.dtype, pin_memory=True)
+    return torch.zeros(size, dtype=buffer.dtype, device=buffer.device)
+
+
 def allocate(inputs: CacheInputs, sizes: Sizes, dynamic: Dynamic, weights: Sequence[torch.Tensor]) -> ResidualStore:
     """Take the buffers, filled with zeros: a weight of 0 does not exclude a buffer that holds NaN.
 
-    ``sizes`` has one entry for each live-out, and one for the front's output where the program keeps it; ``dynamic`` are
+    ``sizes`` has one entry for each that is stored, and one for the front's output where the program keeps it; ``dynamic`` are
     the sizes of the graph's inputs, and the model's numbers among them, for which the store is valid.
     """
     with outside_inference_mode():
         residuals = [
-            [torch.zeros(size, dtype=buffer.dtype, device=buffer.device) for _ in range(inputs.history)]
-            for size, buffer in zip(sizes, inputs.residuals, strict=False)
+            [_zeros(size, buffer, inputs) for _ in range(inputs.history)]
+            for size, buffer in zip(sizes, inputs.stored, strict=False)
         ]
         count = len(inputs.residuals) * statistics_length(inputs.history)
         measured = torch.zeros(count, dtype=inputs.accumulate, device=inputs.device)

@@ -16,6 +16,7 @@ from ..torch_internals import (
     compile_limits,
     frames_are_compiled,
     is_tracing_failure,
+    makes_cuda_graphs,
     trace_again,
     traced_with,
     transform_under_way,
@@ -185,6 +186,7 @@ class CachedCall:
     def _compiled_as(self, way: Capture) -> Callable[..., Any]:
         backend = self._backend
         self._leave_blocks()
+        self.session.replays = _may_replay(backend)
         if way is Capture.BLOCKS:
             # not before it is needed: it imports the backend's half of the package
             from ..blockwise import Blockwise
@@ -216,6 +218,12 @@ class CachedCall:
             if value is not None:
                 return read_time(value)
         return None
+
+
+def _may_replay(backend: OwnedBackend) -> bool:
+    """Whether CUDA graphs may be made of the programs."""
+    program = backend.program
+    return torch.cuda.is_available() and makes_cuda_graphs(program.inner, backend.mode, dict(program.inner_options))
 
 
 def _is_exporting() -> bool:

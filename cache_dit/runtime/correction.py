@@ -24,6 +24,7 @@ from ..forecasts import Point, forecast
 from ..passes.residual_math import accumulation_dtype, statistics_length
 from ..torch_internals import write_counter
 from .solvers import SolverStep
+from .transfers import send
 
 BOUND = 2.0
 """Largest change of a skipped step's output: so many times the forecast's relative error, of the output's size."""
@@ -202,7 +203,7 @@ def _relative_error(measured: torch.Tensor, history: int, weights: tuple[float, 
             known = b < len(tails)
             factors.append((1.0 if a == b else 2.0) * tails[a] * tails[b] if known else 0.0)
     rows = measured.reshape(-1, length)
-    square = (rows * rows.new_tensor(factors)).sum(dim=1).clamp(min=0.0)
+    square = (rows * send(factors, rows.dtype, rows.device)).sum(dim=1).clamp(min=0.0)
     error = torch.sqrt(square / rows[:, 1].clamp(min=torch.finfo(rows.dtype).tiny))
     fine = (rows[:, 0] == 0).all() & torch.isfinite(rows).all()
     return torch.where(fine, error.max(), torch.zeros_like(error[0]))

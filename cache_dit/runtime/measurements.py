@@ -12,7 +12,7 @@ from .buffers import Measurement
 def read(pending: Measurement, history: int) -> list[list[float]]:
     """The statistics of each live-out: count of non-finite elements, mean square, and the upper triangle of the Gram matrix
     of the differences between ``history`` residuals. Waits for the device, or for the other ranks."""
-    values = pending.values.tolist() if pending.agreed is None else pending.agreed()
+    values: list[float] = (pending.agreed or pending.arrived or pending.values.tolist)()
     length = statistics_length(history)
     return [values[i : i + length] for i in range(0, len(values), length)]
 

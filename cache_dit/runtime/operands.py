@@ -8,6 +8,7 @@ import torch
 
 from ..passes import CacheInputs
 from ..torch_internals import outside_inference_mode
+from .transfers import send
 
 # Tensors kept: a run has a few dozen distinct ones, and the next run has the same.
 MAX_KEPT = 512
@@ -51,6 +52,6 @@ class CacheOperands:
                 self.clear()
             with outside_inference_mode():
                 content = values[0] if dtype in (torch.bool, torch.int64) else values
-                found = torch.tensor(content, dtype=dtype, device=device)
+                found = send(content, dtype, device)
             self._kept[name] = found
         return found

@@ -193,7 +193,7 @@ class SizeReader:
     """Reads from a graph's inputs the sizes that may differ from call to call, and computes from them those of the buffers."""
 
     def __init__(self, placeholders: Sequence[fx.Node], inputs: CacheInputs) -> None:
-        buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
+        buffers = [*inputs.stored, *([inputs.front] if inputs.front is not None else [])]
         self._expressions = [tuple(symbol_of(size) for size in buffer.sizes) for buffer in buffers]
         symbols = {s for sizes in self._expressions for e in sizes for s in getattr(e, "free_symbols", ())}
         where = {symbol: _where_is(symbol, placeholders) for symbol in sorted(symbols, key=str)}
@@ -215,7 +215,7 @@ class SizeReader:
         return sizes + tuple(float(args[i]) for i in self._numbers) if self._numbers else sizes
 
     def sizes(self, dynamic: Dynamic) -> Sizes:
-        """Sizes of the buffers for what `read` gave: one for each live-out, then the front's where it is kept."""
+        """Sizes of the buffers for what `read` gave: of each that is stored, then the front's where it is kept."""
         replaced = dict(zip(self._symbols, dynamic, strict=False))
         return tuple(
             tuple(int(e.xreplace(replaced)) if hasattr(e, "xreplace") else int(e) for e in sizes) for sizes in self._expressions
@@ -249,7 +249,7 @@ def _is_given(node: fx.Node) -> bool:
 
 def sizes_are_known(inputs: CacheInputs, placeholders: Sequence[fx.Node]) -> bool:
     """Whether the host can tell the buffers' sizes from a graph's inputs before it runs."""
-    buffers = [*inputs.residuals, *([inputs.front] if inputs.front is not None else [])]
+    buffers = [*inputs.stored, *([inputs.front] if inputs.front is not None else [])]
     expressions = [symbol_of(size) for buffer in buffers for size in buffer.sizes]
     if any(is_unbacked(expression) for expression in expressions):
         return False

@@ -21,11 +21,13 @@ from ..options import CacheOptions
 from ..statistics import CacheStats, Counters, stats_from
 from ..strategies import Decision, StepView, build_strategy
 from ..texts import text
+from ..torch_internals import begin_replayed_step
 from . import measurements
 from .buffers import ControlMark, Dynamic, Measurement, ResidualStore, allocate
 from .clock import ContextKey, StepClock, Tick
 from .corrector import Corrector
 from .observers import CallRecord, Observer, RunSource
+from .offload import Offload
 from .operands import CacheOperands
 from .program import Cacheable, UncachedGraph
 from .ranks import Ranks, find_members, measures
@@ -111,6 +113,8 @@ class Session:
         # the ranks that decide alike; None: this process by itself, or not known yet
         self.ranks: Ranks | None = None
         self._shares = False
+        # whether CUDA graphs may be made of this model's programs
+        self.replays = False
         self._touched: list[ResidualStore] = []
         # whether what calls the model stands in its compile slot, which others may take
         self.in_slot = True
@@ -129,6 +133,7 @@ class Session:
         self._compiles_seen = 0
         self._several_graphs = False
         self._operands = CacheOperands(options.noise_scale)
+        self._offload = Offload()
         self._corrector = Corrector(options, self.said, self._operands)
 
     # ---- a call of the model -----------------------------------------------------------------------------------
@@ -151,6 +156,9 @@ class Session:
         if self._touched:
             self._touched.clear()
         self.began_anew = False
+        if self.replays:
+            # results of the calls before are copies, so what replays have left may be written over
+            begin_replayed_step()
         name = context_names.get().get(id(self)) or self.named_context
         if name is None and self.runs is not None:
             name = self.runs.context()
@@ -307,7 +315,12 @@ class Session:
         point = Point(forward.tick.step, forward.time)
         before = store.points
         flat = (*args, *self._cache_operands(graph, store, point, forward.tick, skip), *store.operands())
-        outputs = (graph.programs.reuse if skip else graph.programs.compute)(flat)
+        program = graph.programs.reuse if skip else graph.programs.compute
+        if graph.inputs.fetches:
+            with self._offload.under_way(store.kept(), graph.inputs.device, written=not skip):
+                outputs = program(flat)
+        else:
+            outputs = program(flat)
         if skip:
             forward.skipped += 1
         else:
@@ -317,8 +330,7 @@ class Session:
                 # the sampler has added noise: no line through what was before it
                 store.points = store.points[:1]
         if store.front is not None:
-            store.change = outputs[graph.outputs + 1] if store.front_known else None
-            store.agreed_change = None
+            store.moved(outputs[graph.outputs + 1] if store.front_known else None)
             store.front_known = True
         if self._shares:
             self._touched.append(store)
@@ -595,10 +607,10 @@ class Session:
 
     def _read_change(self, context: Context, store: ResidualStore, step: int) -> None:
         """Advance the front clock by what the last step measured; a computed step starts it anew behind its change."""
-        if store.change is None:
+        change = store.read_change()
+        if change is None:
             return
-        moved, size = store.change.tolist() if store.agreed_change is None else store.agreed_change()
-        store.change = store.agreed_change = None
+        moved, size = change
         context.last_increment = moved / size if size > 0.0 else 0.0
         if not store.points or store.points[0].step != step - 1:
             context.clock += context.last_increment

@@ -418,6 +418,28 @@ def test_damaged_files_are_refused(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_residuals_kept_in_eight_bits_are_those_of_the_compiled_model(tmp_path: Path) -> None:
+    options = {**OPTIONS, "strategy": "fixed", "skip_interval": 2, "warmup_steps": 3, "residual_dtype": "int8"}
+    dynamic = {"picture": {2: 2 * Dim("rows", min=2, max=16)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        target = cache_dit.export(new_model(), inputs(), tmp_path / "small.pt2", dynamic_shapes=dynamic, **options)
+    artifact, model = cache_dit.load(target, language="en"), reference(**options)
+    for given in (inputs(), inputs(height=4)):
+        found = []
+        for each in (artifact, model):
+            cache_dit.new_run(each, 10, torch.linspace(1.0, 0.0, 11).tolist(), "euler", "flow")
+            found.append((denoise(each, given), cache_dit.get_stats(each)))
+        (picture, stats), (wanted, others) = found
+        torch.testing.assert_close(picture, wanted, rtol=1e-4, atol=1e-4)
+        assert (stats.hits, stats.cache_bytes) == (others.hits, others.cache_bytes)
+        assert stats.hits > 0
+        height, width = given[0].shape[2] // PATCH, given[0].shape[3] // PATCH
+        # OPTIONS correct skipped steps, so three residuals are kept
+        assert stats.cache_bytes == 3 * 2 * height * width * (WIDTH + 4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"front_blocks": 2}, {"order": 3, "forecast": "taylor"}, {"residual_dtype": "bfloat16"}, {"inner": "eager"}],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -42,10 +43,12 @@ class Step(NamedTuple):
     stored: list[Tensor]
 
 
-def lowered(name: str, form: str, compile_inner: InnerCompiler = EAGER) -> tuple[Programs, CacheInputs, tuple[Any, ...]]:
+def lowered(
+    name: str, form: str, compile_inner: InnerCompiler = EAGER, options: BranchOptions = EVERYTHING
+) -> tuple[Programs, CacheInputs, tuple[Any, ...]]:
     captured = traced_variant(name)
     gm = captured.copy()
-    _, inputs = rewrite(gm, EVERYTHING)
+    _, inputs = rewrite(gm, options)
     gm.recompile()
     examples = with_cache_examples(gm, captured.inputs)
     return LOWERINGS[form].lower(gm, examples, compile_inner), inputs, captured.inputs
@@ -95,6 +98,18 @@ def test_the_forms_agree_bit_for_bit_and_computed_steps_with_the_model(name: str
     expected = run(traced_variant(name).copy(), traced_variant(name).inputs)[0]
     for (compute, _), step in zip(DECISIONS, results["specialize"], strict=True):
         assert torch.equal(step.outputs[0], expected) is compute
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+@pytest.mark.parametrize("name", ["stack", "two_streams", "joint"])
+def test_the_forms_agree_bit_for_bit_whatever_residuals_are_kept_in(name: str, dtype: torch.dtype) -> None:
+    options = replace(EVERYTHING, residual_dtype=dtype)
+    results = []
+    for form in LOWERINGS:
+        programs, inputs, flat = lowered(name, form, options=options)
+        results.append(driven(programs, CacheState(inputs), [flat] * len(DECISIONS), outputs=1))
+    for steps in results[1:]:
+        assert_equal(steps, results[0])
 
 
 class Compiled(NamedTuple):

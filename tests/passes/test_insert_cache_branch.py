@@ -17,7 +17,8 @@ from cache_dit.passes import (
     insert_cache_branch,
     outline_region,
 )
-from cache_dit.passes.residual_math import noise, statistics_length
+from cache_dit.passes.insert_cache_branch import _cache_inputs
+from cache_dit.passes.residual_math import noise, quantised, statistics_length
 from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
@@ -332,6 +333,117 @@ def test_residuals_may_be_kept_in_a_smaller_dtype() -> None:
     assert not torch.equal(output, expected[0])
 
 
+SCALED = BranchOptions(history=2, residual_dtype=torch.int8)
+
+
+def test_snapshot_of_residuals_with_scales() -> None:
+    gm = traced_variant("stack").copy()
+    rewrite(gm, BranchOptions(residual_dtype=torch.int8), front=1, back=1)
+    lines = compact(gm).splitlines()
+    assert_expected_inline("\n".join(lines[lines.index("cache_compute:") :]), """\
+cache_compute:
+(cache_control, cache_key, cache_measured, cache_residual_0_0, cache_scale_0_0, h, getitem)
+%0 = linear(h, w, w)
+%1 = tanh(%0)
+%2 = mul(%1, getitem)
+%3 = add(h, %2)
+%4 = .to(%3, torch.float32)
+%5 = .to(h, torch.float32)
+%6 = sub(%4, %5)
+%7 = .abs(%6)
+%8 = le(%7, 1.7014117331926443e+38)
+%9 = zeros_like(%6)
+%10 = where(%8, %6, %9)
+%11 = .abs(%10)
+%12 = .amax(%11, -1, keepdim=True)
+%13 = truediv(%12, 127.0)
+%14 = .clamp(%13, min=1.1754943508222875e-38)
+%15 = truediv(%10, %14)
+%16 = .round(%15)
+%17 = .clamp(%16, -127.0, 127.0)
+%18 = .to(%17, torch.int8)
+%19 = .to(%18, torch.float32)
+%20 = mul(%19, %14)
+%21 = getattr(%20, device)
+%22 = .to(cache_residual_0_0, %21)
+%23 = .to(%22, torch.float32)
+%24 = .to(cache_scale_0_0, %21)
+%25 = mul(%23, %24)
+%26 = sub(%20, %25)
+%27 = invert(%8)
+%28 = .sum(%27)
+%29 = .to(%28, torch.float32)
+%30 = mul(%20, %20)
+%31 = .mean(%30)
+%32 = mul(%26, %26)
+%33 = .mean(%32)
+%34 = .copy_(cache_residual_0_0, %18)
+%35 = .copy_(cache_scale_0_0, %14)
+%36 = .clone(%3, memory_format=torch.contiguous_format)
+%37 = stack((%29, %31, %33))
+return (%36, %37)
+
+cache_reuse:
+(cache_control, cache_key, cache_measured, cache_residual_0_0, cache_scale_0_0, h, getitem)
+%0 = .to(cache_residual_0_0, cpu)
+%1 = .to(%0, torch.float32)
+%2 = .to(cache_scale_0_0, cpu)
+%3 = mul(%1, %2)
+%4 = getitem(cache_control, 0)
+%5 = mul(%3, %4)
+%6 = .to(h, torch.float32)
+%7 = add(%6, %5)
+%8 = .to(%7, torch.float32)
+%9 = zeros_like(cache_measured)
+return (%8, %9)""")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_residuals_may_be_kept_in_eight_bits_with_a_scale_for_each_row(name: str, dtype: torch.dtype) -> None:
+    branched = Branched(traced_variant(name), BranchOptions(history=2, residual_dtype=dtype))
+    residuals = branched.residuals()
+    assert len(branched.state.residuals) == 2 * len(residuals)
+    expected = run(branched.captured.copy(), branched.captured.inputs)
+    outputs = branched(compute=True)
+    assert all(torch.equal(output, value) for output, value in zip(outputs, expected, strict=False))
+    branched.state.computed(outputs[branched.count])
+    for j, residual in enumerate(residuals):
+        (newest, unused), (scale, no_scale) = branched.state.residuals[2 * j], branched.state.residuals[2 * j + 1]
+        wanted, factor = quantised(residual, dtype, torch.float32)
+        assert newest.dtype == dtype and torch.equal(newest.float(), wanted.float())
+        assert torch.equal(scale, factor)
+        assert not unused.float().any() and not no_scale.any()
+    before = branched.state.snapshot()
+    again = branched(compute=False)
+    for output, value in zip(again[: branched.count], expected, strict=False):
+        torch.testing.assert_close(output, value, rtol=0.1, atol=0.1)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(branched.state.snapshot(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_scales_are_of_the_precision_that_sums_are_made_in(dtype: torch.dtype, scale: torch.dtype) -> None:
+    branched = Branched(traced_variant("two_streams", dtype), BranchOptions(residual_dtype=torch.int8))
+    assert [buffer.dtype for buffer in branched.inputs.stored] == [torch.int8, scale] * 2
+    expected = branched.computed()
+    again = branched(compute=False)
+    assert again[0].dtype == dtype
+    torch.testing.assert_close(again[0], expected[0], rtol=0.05, atol=0.05)
+
+
+def test_what_is_no_floating_number_and_what_is_no_row_is_kept_as_it_is() -> None:
+    captured = traced_variant("stack")
+    region = find_region(captured.copy())
+    value = region.live_outs[0].node
+    for example_value, dtype in ((torch.zeros(2, 3, dtype=torch.int64), torch.int64), (torch.zeros(()), torch.float32)):
+        value.meta["example_value"] = example_value
+        ((buffer,),) = (_cache_inputs(region, SCALED).residuals,)
+        assert (buffer.dtype, buffer.scale, buffer.scales) == (dtype, None, None)
+
+
 def test_the_inputs_say_what_is_to_be_held() -> None:
     gm = traced_variant("two_streams").copy()
     _, inputs = rewrite(gm, BranchOptions(history=2, front_clock=True, residual_device="cpu"))
@@ -345,6 +457,13 @@ def test_the_inputs_say_what_is_to_be_held() -> None:
         *("cache_residual_0_0", "cache_residual_0_1", "cache_residual_1_0", "cache_residual_1_1"),
     ]
     assert all(node._dynamo_source is None for node in added)
+    scaled = rewrite(traced_variant("two_streams").copy(), SCALED)[1]
+    assert [(tuple(each.sizes), each.dtype) for each in scaled.stored] == [
+        ((2, 6, 8), torch.int8),
+        ((2, 6, 1), torch.float32),
+        ((2, 3, 8), torch.int8),
+        ((2, 3, 1), torch.float32),
+    ]
     state = CacheState(inputs)
     shapes = [tuple(operand.shape) for operand in state.operands(compute=True)]
     assert shapes == [tuple(node.meta["example_value"].shape) for node in added]

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from cache_dit.passes.residual_math import (
+    SCALED,
     accumulation_dtype,
     noise,
     predict,
+    quantised,
     rebuilt,
     relative_change,
     residual_of,
@@ -104,6 +106,90 @@ def test_what_overflows_the_stored_dtype_is_counted(dtype: torch.dtype, large: f
     assert count == 1.0
     assert stored[0].tolist() == [1.0, 0.0]
     assert torch.stack(rest).isfinite().all()
+
+
+QUANTISED = sorted(SCALED, key=str)
+
+
+def step_of(dtype: torch.dtype, value: torch.Tensor) -> torch.Tensor:
+    """The distance from a number of a dtype of 8 bits to the next one."""
+    if dtype == torch.int8:
+        return torch.ones_like(value)
+    # of the power of two below it; below the smallest normal number the step stays what it is there
+    powers = torch.exp2(torch.floor(torch.log2(value.abs().clamp(min=torch.finfo(dtype).smallest_normal))))
+    # digits behind the point by its name: torch.finfo has another eps for float8_e5m2fnuz (seen in 2.13)
+    return powers * (0.25 if "m2" in str(dtype) else 0.125)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> torch.Tensor:
+    """Rows of very different sizes, some with elements far from the others, some of zeros."""
+    seed = draw(st.integers(0, 2**16))
+    exponents = draw(st.lists(st.integers(-60, 100), min_size=1, max_size=4))
+    values = random(len(exponents), draw(st.integers(1, 40)), seed=seed, dtype=torch.float64)
+    values[:, 0] *= 10.0 ** draw(st.integers(-4, 3))
+    values[draw(st.integers(0, len(exponents) - 1))] *= draw(st.sampled_from([0.0, 1.0]))
+    return (values * torch.exp2(torch.tensor(exponents, dtype=torch.float64))[:, None]).float()
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+@given(residual=rows())
+@settings(max_examples=40, deadline=None)
+def test_a_quantised_residual_is_off_by_half_a_step_at_most(dtype: torch.dtype, residual: torch.Tensor) -> None:
+    stored, scale = quantised(residual, dtype, torch.float32)
+    assert stored.dtype == dtype
+    assert scale.shape == (len(residual), 1)
+    exact, factor = residual.double(), scale.double()
+    error = (stored.double() * factor - exact).abs()
+    allowed = 0.5 * factor * step_of(dtype, exact / factor)
+    # what the division in float32 adds
+    assert (error <= allowed * (1.0 + 1e-6) + 2e-7 * exact.abs()).all()
+    largest = exact.abs().amax(-1)
+    top = torch.finfo(dtype).max if dtype.is_floating_point else 127
+    torch.testing.assert_close(stored.double().abs().amax(-1)[largest > 0], torch.full_like(largest[largest > 0], top))
+    assert not stored[largest == 0].double().any()
+
+
+@pytest.mark.parametrize("accumulate", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", QUANTISED)
+def test_rows_at_the_limits_of_what_can_be_scaled(dtype: torch.dtype, accumulate: torch.dtype) -> None:
+    limits = torch.finfo(accumulate)
+    least = [limits.tiny / 2.0, limits.smallest_normal, -limits.smallest_normal * 3.0]
+    sizes = [[0.0, -0.0, 0.0], least, [limits.max / 2.0, 1.0, -1.0], [limits.max, -limits.max, float("nan")]]
+    residual = torch.tensor([*sizes, [float("inf"), 4.0, 2.0]], dtype=accumulate)
+    stored, scales = [torch.zeros(5, 3, dtype=dtype)], [torch.zeros(5, 1, dtype=accumulate)]
+    count, *rest = store(residual, stored, dtype, accumulate, scales)
+    assert count == 4.0, "what is not finite, or so large that it might not be when it is restored"
+    held = stored[0].to(accumulate) * scales[0]
+    assert held.isfinite().all() and scales[0].isfinite().all()
+    assert not held[0].any() and not held[3].any()
+    assert (held[1] - residual[1]).abs().max() <= limits.tiny * 2.0
+    assert held[2, 0] == pytest.approx(limits.max / 2.0, rel=1e-6)
+    assert held[4].tolist() == pytest.approx([0.0, 4.0, 2.0], rel=1e-2)
+    predicted = predict(stored, torch.zeros(2, dtype=accumulate), accumulate, CPU, scales)
+    assert not predicted.any(), "a weight of 0 leaves it out"
+    assert len(rest) == 2
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+@pytest.mark.parametrize("history", [1, 3])
+def test_statistics_and_forecasts_are_of_what_was_quantised(dtype: torch.dtype, history: int) -> None:
+    truths = [random(6, 32, seed=k) * 10.0 ** (k - 2) for k in range(history + 1)]
+    pairs = [quantised(each, dtype, torch.float32) for each in truths]
+    stored, scales = [q.clone() for q, _ in pairs[1:]], [s.clone() for _, s in pairs[1:]]
+    values = [float(v) for v in store(truths[0], stored, dtype, torch.float32, scales)]
+    exact = [np.asarray(q.double() * s.double()) for q, s in pairs]
+    differences = [newer - older for newer, older in pairwise(exact)]
+    gram = [(a * b).mean() for i, a in enumerate(differences) for b in differences[i:]]
+    np.testing.assert_allclose(values, [0.0, (exact[0] ** 2).mean(), *gram], rtol=1e-5, atol=1e-9)
+    assert torch.equal(stored[-1].float(), pairs[0][0].float()) and torch.equal(scales[-1], pairs[0][1])
+    for k in range(history - 1):
+        assert torch.equal(stored[k].float(), pairs[k + 1][0].float()) and torch.equal(scales[k], pairs[k + 1][1])
+    weights = [1.5, -0.75, 0.25][:history]
+    control = torch.tensor([*weights, 0.0])
+    wanted = sum(w * q.double() * s.double() for w, q, s in zip(weights, stored, scales, strict=True))
+    predicted = predict(stored, control, torch.float32, CPU, scales)
+    torch.testing.assert_close(predicted.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_are_of_what_is_stored() -> None:

@@ -85,7 +85,8 @@ def test_the_list_of_private_names_is_whole() -> None:
     listed = {(place, name) for place, names in names_of.items() for name in names}
     # inductor is asked for only where it is the inner compiler, and config and the compiler are modules
     inductor = "torch._inductor.compile_fx"
-    optional = {("torch._dynamo", "config"), (inductor, "compile_fx"), (inductor, "compile_fx_aot")}
+    configs = {("torch._dynamo", "config"), ("torch._inductor", "config")}
+    optional = {*configs, (inductor, "compile_fx"), (inductor, "compile_fx_aot")}
     assert imported - optional <= listed
 
 

@@ -75,6 +75,18 @@ def test_a_residual_kept_smaller_that_overflows_there_is_not_used() -> None:
             torch.testing.assert_close(output, model.forward(*inputs_at(step)), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_a_residual_that_would_overflow_eight_bits_is_scaled(dtype: str) -> None:
+    model = models.seeded(HugeDiT)
+    cache_dit.enable_cache(model, **GREEDY, residual_dtype=dtype)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", CacheDitWarning)
+        for step in range(5):
+            output = model(*inputs_at(step))
+            torch.testing.assert_close(output, model.forward(*inputs_at(step)), rtol=1e-2, atol=1e-2)
+    assert hits_of(model) == 4
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_autocast(outside: bool) -> None:
     """Around the model, or in its blocks: computed steps are the plain ones, skipped ones near them; on and off in mid-run."""

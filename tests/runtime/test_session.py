@@ -393,7 +393,10 @@ def test_what_is_not_finite_is_never_stored_and_is_counted(poison: float) -> Non
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
-@pytest.mark.parametrize("options", [{"order": 1}, {"order": 2, "forecast": "taylor"}, {"forecast": "lagrange"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"order": 1}, {"order": 2, "forecast": "taylor"}, {"forecast": "lagrange"}, {"residual_dtype": "int8"}],
+)
 @pytest.mark.parametrize("bad", [0, 1, 2, 4])
 def test_predictions_stay_finite_behind_a_bad_step(poison: float, options: dict[str, Any], bad: int) -> None:
     """Also from the older residuals that are left, and with noise whose size the bad step measured."""
