@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tradeoff
 from processes import FOLDER, Worker, own_python, peers_python
 from speed_report import write_report
 from subjects import SUBJECTS
@@ -62,7 +63,7 @@ def main() -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"
-    results: dict[str, Any] = {"steps": {}, "compile": {}, "host": {}}
+    results: dict[str, Any] = {"steps": {}, "compile": {}, "host": {}, "tradeoff": {}}
     if file.exists() and not arguments.fresh:
         results |= json.loads(file.read_text(encoding="utf-8"))
     results["machine"] = _machine(arguments)
@@ -73,7 +74,7 @@ def main() -> None:
                 print(f"{label}: measured before", flush=True)
                 continue
             print(f"\n{label}", flush=True)
-            measure = {"steps": _steps, "compile": _compile, "host": _host}[key]
+            measure = {"steps": _steps, "compile": _compile, "host": _host, "tradeoff": _tradeoff}[key]
             results[key][label] = measure(name, arguments, options, out / "processes.log")
             file.write_text(json.dumps(results, indent=1), encoding="utf-8")
     write_report(results, out)
@@ -87,7 +88,7 @@ def _parts(arguments: argparse.Namespace) -> list[tuple[str, list[str], list[str
     parts: list[tuple[str, list[str], list[str]]] = [("host", demo, []), ("steps", subjects, [])]
     if arguments.full:
         parts.append(("steps", [name for name in subjects if name != "demo"], ["--dynamic"]))
-    parts.append(("compile", demo, []))
+    parts += [("tradeoff", demo, []), ("compile", demo, [])]
     parts.append(("compile", [f"flux-deep-{depth}" for depth in depths], []))
     return parts
 
@@ -190,6 +191,14 @@ def _host(subject: str, arguments: argparse.Namespace, options: list[str], log: 
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(f"  {found}", flush=True)
     return found
+
+
+def _tradeoff(subject: str, arguments: argparse.Namespace, options: list[str], log: Path) -> list[dict[str, Any]]:
+    """Whole runs of the trained model, and how far their pictures are from plain's."""
+    points = tradeoff.measured(with_peers=arguments.peers)
+    for point in points:
+        print(f"  {point['line']}, {point['what']}: {point['time']:.3f} of plain", flush=True)
+    return points
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tradeoff
 from subjects import SUBJECTS, subject
 
 # a step whose result is farther from the eager model's is a skipped one; rounding stays far below
@@ -131,6 +132,9 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
         lines += ["### Seconds of the first three calls (ratio to plain)", ""]
         lines += [*compile_table(results["compile"]), ""]
         plot_depth(results["compile"], out / "compile-depth.png")
+    for points in results["tradeoff"].values():
+        lines += ["### Speed against fidelity: whole runs of the demo model", "", *tradeoff.table(points), ""]
+        plot_tradeoff(points, out / "speed-fidelity.png")
     for label, measured in results["host"].items():
         added = ", ".join(f"{name} {value:.0f} µs" for name, value in measured.items() if name.endswith("adds"))
         title = SUBJECTS[label]().title
@@ -164,6 +168,20 @@ def _one_run(steps: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, floa
     """The first run that was measured from its first step; no medians over runs, since some change turns between them."""
     starts = [i for i, each in enumerate(steps) if each["place"] == 0]
     return steps[starts[0] : starts[1]] if len(starts) > 1 else steps[: len({each["place"] for each in steps})]
+
+
+def plot_tradeoff(points: list[dict[str, Any]], file: Path) -> None:
+    """PSNR over a run's time, one line for each way of saving it."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, found in tradeoff.by_line(points).items():
+        axes.plot([point["time"] for point in found], [point["psnr"] for point in found], marker="o", label=name)
+    axes.set(xlabel="time of a run / plain compiled run", ylabel="PSNR against the uncached pictures, dB")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, file)
 
 
 def plot_depth(measured: Mapping[str, Mapping[str, Found]], file: Path) -> None:
