@@ -12,8 +12,8 @@ grow on the way. Behind the last computed step nothing is corrected: there the l
 gap add up; those of several gaps add as squares.
 
 Where nothing is corrected (another solver, or none that is known), uneven gaps cost more than they save: a line through
-two residuals that are close together goes astray behind them. There the squares of the gaps' lengths are least, which
-spaces the steps evenly.
+two residuals that are close together goes astray behind them. There the sum of (1 + G σᵢ) times the squares of the gaps'
+lengths is least, which spaces the steps evenly, the early ones a little closer.
 
 Source: this project's quality bench (docs/quality.md); the errors of single gaps were measured on four small models.
 """
@@ -51,7 +51,7 @@ def least_error(
         count: how many, from 0 to all between.
         max_skipped: longest gap, in skipped steps, which `count` must allow; None: no bound.
         ends: whether a computed step follows, so that what is skipped before it is corrected.
-        corrected: whether skipped steps are corrected at all; where not, `levels` are not asked.
+        corrected: whether skipped steps are corrected at all.
     """
     # here, so that options can be checked without it
     import numpy as np
@@ -61,14 +61,15 @@ def least_error(
     longest = min(last, LONGEST * math.ceil(last / (count + 1)) + 1)
     if max_skipped is not None:
         longest = min(longest, max_skipped + 1)
+    noise = np.asarray(levels, dtype=np.float64)
+    grown = 1.0 + GROWTH * noise
     lengths, starts = range(longest + 1), range(last - longest, last)
     if corrected:
-        noise = np.asarray(levels, dtype=np.float64)
-        weight = (1.0 + GROWTH * noise[:-1]) * np.abs(np.diff(noise))
+        weight = grown[:-1] * np.abs(np.diff(noise))
         gaps = [_between(t, weight, length) for length in lengths]
         ending = [gaps[last - i][i] if ends else _open_end(t, weight, i) for i in starts]
     else:
-        gaps = [_length(t, length) for length in lengths]
+        gaps = [_length(t, length) * grown[: len(t) - length] for length in lengths]
         ending = [(1.0 if ends else OPEN_END) * gaps[last - i][i] for i in starts]
     return _least(gaps, ending, count)
 

