@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import cache_dit
 from cache_dit.messages import CacheDitWarning
+from cache_dit.strategies.part_of_run import PartOfRun
+from cache_dit.strategies.placement import PlacementRules, place_steps
 
 from . import models
 from .reference import EagerCache
@@ -181,3 +183,16 @@ def test_a_target_that_the_bound_rules_out_is_said_and_the_bound_holds() -> None
     with pytest.warns(CacheDitWarning, match="max_consecutive_hits is too low"):
         error(model, FALLING)
     assert decisions_of(model)[1] <= (len(FALLING) - 1) // 2
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_steps_are_placed_by_whether_the_run_is_corrected(corrected: bool) -> None:
+    model = cache_dit.enable_cache(tiny(), **ADAPTIVE, tolerance=1.0, correction=None if corrected else False)
+    sigmas = [3 * s / (1 + 2 * s) for s in (1 - i / 20 for i in range(21))]
+    cache_dit.new_run(model, sigmas=sigmas, solver="euler", prediction="flow")
+    decisions: list[str] = []
+    sampled(model, sigmas, decisions=decisions)
+    rules = PlacementRules(3.0, 0, None, None, PartOfRun(0.0, 1.0))
+    placed = {way: place_steps(rules, 20, tuple(sigmas), way) for way in (True, False)}
+    assert placed[True] != placed[False]
+    assert {step for step, made in enumerate(decisions, start=1) if made == "1"} == placed[corrected]
