@@ -9,7 +9,6 @@ steps at shifted noise levels, eight samples of the demo's model, no guidance.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import statistics
@@ -92,8 +91,7 @@ def peers(inner: str) -> list[Way]:
 def measure(who: str, inner: str = "inductor", rounds: int = ROUNDS) -> list[Point]:
     """Time every way's whole run in turns with plain's; the first runs compile and are not counted."""
     bed = BEDS["dit"]()
-    model = bed.load()
-    plain = torch.compile(copy.deepcopy(model), backend=inner)
+    plain = torch.compile(bed.load(), backend=inner)
     sampler = Sampler(bed, SETTING)
     ways = [Way("plain", f"{SETTING.steps} steps", lambda: sampler.run(plain))]
     ways += peers(inner) if who == "peer" else [*fewer_steps(plain), *ours(inner)]

@@ -38,7 +38,6 @@ class Offload:
             for each in taken:
                 take_back(each)
 
-
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         made: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
         if device not in self._streams:
