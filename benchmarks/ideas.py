@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from beds import BEDS, Bed
@@ -114,8 +114,18 @@ def sampled(velocity: Callable[[int, Tensor], Tensor], task: Task) -> Tensor:
     return x
 
 
-def corrected(simulation: Simulation, task: Task, computed: set[int], centre: Sequence[Tensor] | None = None) -> Tensor:
-    """As the default does it: a line ahead, a parabola between. `centre`: what is taken off the residual of each step."""
+def corrected(
+    simulation: Simulation,
+    task: Task,
+    computed: set[int],
+    centre: Sequence[Tensor] | None = None,
+    again: Literal["no", "front", "whole"] = "no",
+) -> Tensor:
+    """As the default does it: a line ahead, a parabola between.
+
+    `centre`: what is taken off the residual of each step. `again`: of a step that computes, what is done once more after the
+    state has been put right, from where it goes on: nothing, the front and the head, or the blocks too.
+    """
     sigmas, x = task.sigmas, task.noise
     known: Known = []
     skipped: list[tuple[int, Tensor, Tensor]] = []
@@ -134,10 +144,13 @@ def corrected(simulation: Simulation, task: Task, computed: set[int], centre: Se
         v = simulation.ask(x, sigmas[i], task.labels)
         residual = simulation.had[0]
         known.insert(0, (sigmas[i], residual if centre is None else residual - centre[i]))
-        x = x + step * v
         for m, state, before in skipped:
             better = simulation.ask(state, sigmas[m], task.labels, [used(m, 3)])
             x = x + (sigmas[m + 1] - sigmas[m]) * (better - before)
+        if skipped and again != "no":
+            v = simulation.ask(x, sigmas[i], task.labels, None if again == "whole" else [residual])
+            known[0] = (sigmas[i], simulation.had[0])
+        x = x + step * v
         skipped = []
     return x
 
@@ -269,7 +282,7 @@ def profile(bed: Bed, shift: float) -> list[list[Tensor]]:
 
 
 Row = tuple[str, Callable[[int], Tensor]]
-IDEAS = ("whole_steps", "mean", "depth", "channels", "uncond")
+IDEAS = ("whole_steps", "again", "mean", "depth", "channels", "uncond")
 
 
 def rows(idea: str, bed: Bed, task: Task, shift: float, guided_task: Callable[[], Task]) -> list[Row]:
@@ -280,6 +293,11 @@ def rows(idea: str, bed: Bed, task: Task, shift: float, guided_task: Callable[[]
             ("residual of the blocks (the default)", lambda n: corrected(one, task, task.placed(n))),
             ("the velocity", lambda n: whole_steps(one, task, task.placed(n), denoised=False)),
             ("the denoised picture", lambda n: whole_steps(one, task, task.placed(n), denoised=True)),
+        ]
+    if idea == "again":
+        return [
+            ("front and head again at the corrected state", lambda n: corrected(one, task, task.placed(n), again="front")),
+            ("the blocks too, which counts double", lambda n: corrected(one, task, task.placed(n), again="whole")),
         ]
     if idea == "mean":
         means = profile(bed, shift)

@@ -71,9 +71,8 @@ def _shown(lines: Sequence[Line], setting: Setting, rule: str, measure: str = "p
 
 
 def _off(line: Line) -> str:
-    """A mark where a threshold could not be brought to the wanted number of computed steps: the number it came to."""
-    wanted = round(line["steps"] / line["ratio"])
-    return "" if abs(line["computed"] - wanted) <= 0.04 * line["steps"] else f" ({line['computed']})"
+    """A mark where not the wanted number of steps computed, as by a threshold that cannot be brought to it: how many did."""
+    return "" if line["computed"] == round(line["steps"] / line["ratio"]) else f" ({line['computed']})"
 
 
 def _psnr_table(lines: Sequence[Line], settings: Sequence[Setting]) -> str:
