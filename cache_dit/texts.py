@@ -302,6 +302,13 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "compilation is left out of this sampling: nothing is compiled twice\n"
         "Remedy: remove that node; inner of CacheDit Advanced Config chooses the compiler",
     ),
+    "comfy_correction_unknown": (
+        "本次采样中已跳过的步骤不会被修正: 修正适用于采样器 euler、ddim 和 dpmpp_2m（不带 s_churn），且引导未被其他节点改写、"
+        "各步使用相同的条件\n解决方案: 改用上述采样器，或将 correction 设为 auto",
+        "skipped steps are not corrected in this sampling: that is for the samplers euler, ddim and dpmpp_2m without s_churn, "
+        "where no other node changes the guidance and every step has the same conditions\n"
+        "Remedy: one of these samplers, or correction: auto",
+    ),
     "comfy_not_reached": (
         "{what} 的前向函数没有经过 ComfyUI 的包装器，本次采样未使用缓存；从下一次采样起改用另一种方式",
         "The calls of {what} did not go through ComfyUI's wrappers, so this sampling was not cached; "

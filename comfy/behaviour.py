@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # The compiler of the nodes: it needs no toolchain, and the first picture waits for the tracing alone.
 DEFAULT_INNER = "eager"
+_CORRECTION: dict[str, str | bool] = {"on": True, "off": False}
 # Which run of which cache each statistics node showed last.
 _shown: dict[str, tuple[int, int]] = {}
 
@@ -32,6 +33,7 @@ def configure(
     enable_debug: bool,
     inner: str = "auto",
     target_speedup: float = 0.0,
+    correction: str = "auto",
     schedule: str = "",
     **more: Any,
 ) -> Result:
@@ -44,6 +46,7 @@ def configure(
         "debug": enable_debug,
         "inner": DEFAULT_INNER if inner == "auto" else inner,
         "target_speedup": target_speedup or None,
+        "correction": _CORRECTION.get(correction, correction),
         "schedule": schedule.strip() or None,
     }
     return Result((_cached(node_id, model, {**options, **more}),))

@@ -139,6 +139,11 @@ _MORE_OPTIONS = tuple(map(_further, (
         "end_percent", "结束位置", 1.0, 0.0, 1.0, 0.01,
         "只在采样的这一部分内跳过: 结束（0 到 1）", "Skip only within this part of a sampling: its end (0 to 1)",
     ),
+    _choice(
+        "correction", "修正", ("auto", "on", "off"),
+        "下一个计算步之后补正被跳过的步（采样器 euler、ddim、dpmpp_2m）；auto: 仅在 adaptive 策略下",
+        "Put skipped steps right once the next step has computed (samplers euler, ddim, dpmpp_2m); auto: with adaptive alone",
+    ),
 )))  # fmt: skip
 
 NODES = (

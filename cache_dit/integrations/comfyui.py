@@ -29,6 +29,7 @@ from ..texts import TEXTS, text
 from ..torch_internals import COMPILE_SLOT, original_of, uncompiled_call
 from .comfyui_models import Mentions, reaches_wrappers, unreached
 from .comfyui_sampling import SamplerClock, Sampling
+from .comfyui_solver import solver_of
 from .timeline import Timeline
 
 KEY = "cache_dit"
@@ -158,10 +159,10 @@ class PatcherCache:
 
     def __init__(self, options: CacheOptions, patcher: Any, *, enabled: bool = True) -> None:
         self.owner: Callable[[], Any] = weakref.ref(patcher)
-        self.session = Session(options, model_name(patcher), owns_calls=True)
+        self._said = _SaidHere(options.language, self)
+        self.session = Session(options, model_name(patcher), owns_calls=True, said=self._said)
         self.session.enabled = enabled
         self.clock = self.session.clock = SamplerClock()
-        self.session.said = self._said = _SaidHere(options.language, self)
         self.backend: OwnedBackend = owned_backend(options.program())
         self.timeline = Timeline()
         # weakly: a cache goes with the last patcher that carries it, and its statistics with it
@@ -224,6 +225,9 @@ class PatcherCache:
             run.evaluate(args[1] if len(args) > 1 else kwargs.get("timestep"))
             self.clock.evaluation = run.evaluations
             self.clock.num_steps, self.clock.sigmas = run.expected_evaluations(), run.listed_sigmas()
+            if not run.uniform:
+                # a condition that comes or goes changes the weights of the others
+                self.session.stop_correcting()
         return executor(*args, **kwargs)
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -311,9 +315,10 @@ class PatcherCache:
         sampler, sigmas = (args[2], args[3]) if len(args) > 3 else (None, None)
         run = Sampling(sampler, sigmas)
         session = self.session
+        solver, prediction = solver_of(guider, sampler, run.listed_sigmas(), KEY)
         with session.lock:
             session.end_run()
-            self.clock.begin(run.expected_evaluations(), run.listed_sigmas())
+            self.clock.begin(run.expected_evaluations(), run.listed_sigmas(), solver, prediction)
             self.before = replace(session.counters, refused=dict(session.counters.refused))
             self.timeline.begin(run.steps)
             self._run = run

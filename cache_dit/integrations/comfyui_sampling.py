@@ -20,12 +20,18 @@ class SamplerClock(StepClock):
         self.evaluation = 0
         self._seen: set[str] = set()
 
-    def begin(self, num_steps: int | None, sigmas: Sequence[float] | None) -> None:
+    def begin(
+        self,
+        num_steps: int | None,
+        sigmas: Sequence[float] | None,
+        solver: str | None = None,
+        prediction: str | None = None,
+    ) -> None:
         """A sampling begins."""
         self.run += 1
         self.evaluation = 0
         self._seen.clear()
-        self.announce(num_steps, sigmas)
+        self.announce(num_steps, sigmas, solver, prediction)
 
     def end_run(self) -> None:
         """What is stored may not be used again; the sampler itself may go on."""
@@ -80,6 +86,8 @@ class Sampling:
         self.applied = 0
         self.calls = 0
         self.sigma: float | None = None
+        # whether every evaluation so far has asked for the same conditions
+        self.uniform = True
         self.kind: type | None = None
         self._sampler = _sampler_key(sampler)
         self._next = 0
@@ -87,6 +95,7 @@ class Sampling:
         self._unlisted = False
         self._names: dict[object, str] = {}
         self._seen: dict[object, int] = {}
+        self._asked: dict[object, int] | None = None
         self._frozen: dict[int, list[torch.Tensor]] = {}
 
     def counting(self, callback: Any) -> Callable[..., Any]:
@@ -103,7 +112,10 @@ class Sampling:
         """The sampler evaluates the model."""
         self.evaluations += 1
         self._since_callback += 1
-        self._seen.clear()
+        if self._seen:
+            self.uniform &= self._asked is None or self._asked == self._seen
+            self._asked = self._seen
+        self._seen = {}
         self.sigma = self._sigma_of(timestep)
 
     def listed_sigma(self) -> float | None:

@@ -91,16 +91,17 @@ class Session:
         name: class and id of the model.
         owns_calls: whether someone brackets each call of the model with `begin` and `end`; else a call is what lies
             between two visits of the same frame.
+        said: how the user is told what has to be said once; by default as a warning.
     """
 
-    def __init__(self, options: CacheOptions, name: str, *, owns_calls: bool) -> None:
+    def __init__(self, options: CacheOptions, name: str, *, owns_calls: bool, said: SaidOnce | None = None) -> None:
         self.options, self.name, self.owns_calls = options, name, owns_calls
         self.enabled = True
         self.lock = threading.RLock()
         self.counters = Counters(timed=options.enable_stats)
         self.timer = CallTimer(self.counters)
         self.clock = StepClock()
-        self.said = SaidOnce(options.language)
+        self.said = said if said is not None else SaidOnce(options.language)
         self.strategy = build_strategy(options)
         self.contexts: dict[ContextKey, Context] = {}
         self.tracing = Tracing(options.language)
@@ -241,6 +242,11 @@ class Session:
         """The user says that the next call begins a new run."""
         self.end_run()
         self.clock.new_run(num_steps, sigmas, solver, prediction)
+
+    def stop_correcting(self) -> None:
+        """What the sampler makes of the model's output is not known any more: skipped steps stay as they are."""
+        if self._corrector.steps is not None:
+            self._corrector.end("correction_unknown")
 
     # ---- a graph within a call ---------------------------------------------------------------------------------
 

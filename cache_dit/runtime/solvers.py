@@ -36,7 +36,7 @@ class SolverStep(NamedTuple):
 Solver = Callable[[Sequence[float], str], tuple[SolverStep, ...]]
 
 
-def _denoised(sigma: float, prediction: str) -> tuple[float, float]:
+def denoised(sigma: float, prediction: str) -> tuple[float, float]:
     """p and q of D = p x + q v. Sigma is the share of noise for flow models, and σ in x = x₀ + σ ε for the others."""
     if prediction == "v":
         return 1.0 / (sigma * sigma + 1.0), -sigma / math.sqrt(sigma * sigma + 1.0)
@@ -51,7 +51,7 @@ def euler(sigmas: Sequence[float], prediction: str) -> tuple[SolverStep, ...]:
     steps = []
     for sigma, following in pairwise(sigmas):
         ratio = following / sigma
-        steps.append(SolverStep(ratio, 1.0 - ratio, 0.0, *_denoised(sigma, prediction)))
+        steps.append(SolverStep(ratio, 1.0 - ratio, 0.0, *denoised(sigma, prediction)))
     return tuple(steps)
 
 
@@ -82,7 +82,7 @@ def dpmpp_2m(sigmas: Sequence[float], prediction: str) -> tuple[SolverStep, ...]
         share = 0.0
         if not first_order and all(map(math.isfinite, (before, here, there))):
             share = 0.5 * (there - here) / (here - before)
-        steps.append(SolverStep(ratio, weight * (1.0 + share), -weight * share, *_denoised(sigma, prediction)))
+        steps.append(SolverStep(ratio, weight * (1.0 + share), -weight * share, *denoised(sigma, prediction)))
     return tuple(steps)
 
 

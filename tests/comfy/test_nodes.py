@@ -58,7 +58,7 @@ def test_further_inputs_are_options_of_the_api_with_its_defaults() -> None:
     further = [each for each in BY_ID["CacheDitConfig"].inputs if each.advanced]
     assert [each.id for each in further] == [
         "inner", "target_speedup", "tolerance", "forecast", "schedule", "front_blocks", "back_blocks", "start_percent",
-        "end_percent",
+        "end_percent", "correction",
     ]  # fmt: skip
     defaults = resolve_options({})
     for each in further:

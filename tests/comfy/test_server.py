@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -535,6 +538,92 @@ def test_a_trained_model_draws_the_same_picture(server: Server) -> None:
     assert hits(shown["stats"]) == 13
     assert shown["psnr"]["psnr"] > 30.0
     assert list((server.home / "output").glob("digits*.png"))
+
+
+@pytest.mark.parametrize("sampler", ("euler", "dpmpp_2m"))
+def test_skipped_steps_are_put_right(server: Server, sampler: str) -> None:
+    """With the sampler's own solver known, positive and negative prompt each by itself; otherwise not."""
+    flow = workflow()
+    latent = flow.add("TestDigitsLatent", batch=10)
+    labels = ("0 1 2 3 4 5 6 7 8 9", " ".join(["10"] * 10))
+    positive, negative = (flow.add("TestDigitsLabels", labels=each) for each in labels)
+    common = {"positive": positive, "negative": negative, "latent_image": latent, "steps": 28, "cfg": 2.0}
+    loader = flow.add("TestDigitsModel")
+
+    def adaptive(model: list[Any], **more: Any) -> list[Any]:
+        options = {"strategy": "adaptive", "skip_interval": 1, "warmup_steps": 0, "target_speedup": 3.0}
+        return configured(flow, model, **{**options, "forecast": "auto", **more})
+
+    def sampled(model: list[Any], name: str = "") -> list[Any]:
+        made = flow.sample(model, sampler=sampler, **common)
+        if name:
+            flow.facts(made, name)
+        return made
+
+    plain = sampled(loader)
+    ways = {"corrected": adaptive(loader), "not": adaptive(loader, correction="off")}
+    for name, model in ways.items():
+        flow.add("TestPsnr", name, a=sampled(model, f"{name} facts"), b=plain, range=2.0)
+    shown = server.run(flow.nodes)
+    assert shown["corrected facts"]["solver"] == sampler
+    assert shown["corrected"]["psnr"] > shown["not"]["psnr"] + 2.0
+
+
+SOLVERS = """
+import comfy.k_diffusion.sampling as samplers
+import torch
+from cache_dit.runtime.solvers import SOLVERS, denoised
+
+for name, levels in (("euler", (14.0, 6.0, 2.0, 0.7, 0.0)), ("dpmpp_2m", (14.0, 6.0, 2.0, 0.7, 0.0)),
+                     ("euler", (1.0, 0.9, 0.6, 0.3, 0.0)), ("dpmpp_2m", (1.0, 0.9, 0.6, 0.3, 0.0))):
+    outputs = torch.randn(4, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for prediction in ("epsilon", "v"):
+        given = iter(outputs)
+        shares = {sigma: denoised(sigma, prediction) for sigma in levels[:-1]}
+
+        def model(x, sigma, **more):
+            p, q = shares[float(sigma[0])]
+            return p * x + q * next(given)
+
+        start = torch.ones(1, 3, dtype=torch.float64)
+        sigmas = torch.tensor(levels, dtype=torch.float64)
+        theirs = getattr(samplers, f"sample_{name}")(model, start, sigmas, disable=True)
+        state, before = start, torch.zeros_like(start)
+        for step, output in zip(SOLVERS[name](levels, prediction), outputs):
+            now = step.p * state + step.q * output
+            state, before = step.a * state + step.b * now + step.c * before, now
+        torch.testing.assert_close(state, theirs, rtol=1e-12, atol=1e-12)
+print("equal")
+"""
+
+
+def test_solvers_are_comfyuis_samplers(tree: Path) -> None:
+    paths = os.pathsep.join((str(tree), str(Path(__file__).resolve().parents[2])))
+    done = subprocess.run(
+        [sys.executable, "-c", SOLVERS], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
+
+
+@pytest.mark.parametrize("case", ("guidance", "sampler", "prediction"))
+def test_what_is_no_linear_recurrence_is_not_corrected(server: Server, case: str) -> None:
+    flow = workflow()
+    model = flow.model()
+    if case == "guidance":
+        model = flow.add("RescaleCFG", model=model, multiplier=0.7)
+    if case == "prediction":
+        model = flow.add("ModelSamplingContinuousEDM", model=model, sampling="edm", sigma_max=20.0, sigma_min=0.01)
+    options = {"strategy": "adaptive", "warmup_steps": 0, "target_speedup": 2.0, "correction": "on"}
+    sampler = "lcm" if case == "sampler" else "euler"
+    corrected = flow.sample(configured(flow, model, **options), sampler=sampler)
+    flow.facts(corrected)
+    without = flow.sample(configured(flow, model, **{**options, "correction": "off"}), sampler=sampler)
+    flow.add("TestDifference", "difference", a=corrected, b=without)
+    flow.add("CacheDitStats", "stats", trigger=without)
+    shown = server.run(flow.nodes)
+    assert shown["facts"]["solver"] is None
+    assert hits(shown["stats"]) > 0
+    assert shown["difference"]["difference"] == 0.0
 
 
 # ---- on and off

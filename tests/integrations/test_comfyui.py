@@ -11,11 +11,16 @@ import pytest
 import torch
 
 from cache_dit.integrations import comfyui_sampling
+from cache_dit.integrations.comfyui import PatcherCache
 from cache_dit.integrations.comfyui_models import Mentions, wraps_itself
 from cache_dit.integrations.comfyui_sampling import Pace, SamplerClock, Sampling
+from cache_dit.integrations.comfyui_solver import solver_of
 from cache_dit.integrations.timeline import Timeline
+from cache_dit.messages import CacheDitWarning
+from cache_dit.options import resolve_options
 from cache_dit.runtime.clock import Tick
 from cache_dit.runtime.observers import CallRecord
+from cache_dit.runtime.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -199,3 +204,116 @@ def test_a_timeline_puts_times_and_errors_to_their_steps() -> None:
         (0.5, None, True),
     ]
     assert (timeline.steps_done(), timeline.steps_skipped()) == (3, 1)
+
+
+def flow_denoised(sigma: torch.Tensor, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """As `comfy.model_sampling.CONST` and `EPS` have it."""
+    return given - output * sigma.reshape(-1, *[1] * (output.ndim - 1))
+
+
+def v_denoised(sigma: torch.Tensor, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    return given / (sigma**2 + 1.0) - output * sigma / (sigma**2 + 1.0) ** 0.5
+
+
+def edm_denoised(sigma: torch.Tensor, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    return given / (sigma**2 + 1.0) + output * sigma / (sigma**2 + 1.0) ** 0.5
+
+
+def guider(denoised: Any = flow_denoised, module: str = "comfy.samplers", **options: Any) -> Any:
+    """As ComfyUI's `CFGGuider`."""
+
+    def predict_noise(self: Any) -> None: ...
+
+    predict_noise.__module__ = module
+    sampling = types.SimpleNamespace(calculate_denoised=denoised)
+    patcher = types.SimpleNamespace(get_model_object={"model_sampling": sampling}.__getitem__)
+    kind = type("Guider", (), {"predict_noise": predict_noise, "model_patcher": patcher, "model_options": options})
+    return kind()
+
+
+def ksampler(name: str, module: str = "comfy.k_diffusion.sampling", **extra: Any) -> Any:
+    function = types.SimpleNamespace(__module__=module, __name__=name)
+    return types.SimpleNamespace(sampler_function=function, extra_options=extra)
+
+
+LEVELS = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@pytest.mark.parametrize(("name", "solver"), (("sample_euler", "euler"), ("sample_dpmpp_2m", "dpmpp_2m")))
+@pytest.mark.parametrize(("denoised", "prediction"), ((flow_denoised, "epsilon"), (v_denoised, "v")))
+def test_a_solver_is_known_by_its_function_and_what_it_makes_of_the_output(
+    name: str, solver: str, denoised: Any, prediction: str
+) -> None:
+    own = {"transformer_options": {"wrappers": {"predict_noise": {"ours": [len]}, "sampler_sample": {"theirs": []}}}}
+    assert solver_of(guider(denoised, **own), ksampler(name), LEVELS, "ours") == (solver, prediction)
+
+
+def failing(*given: Any) -> Any:
+    raise RuntimeError("asks for more")
+
+
+@pytest.mark.parametrize(
+    ("guide", "sampler", "levels"),
+    (
+        (guider(), ksampler("sample_heun"), LEVELS),
+        (guider(), ksampler("sample_euler", module="other.pack"), LEVELS),
+        (guider(), ksampler("sample_euler", s_churn=1.0), LEVELS),
+        (guider(), types.SimpleNamespace(), LEVELS),
+        (guider(), ksampler("sample_euler"), None),
+        # ends above 0: the last step would be of second order
+        (guider(), ksampler("sample_dpmpp_2m"), LEVELS[:-1]),
+        (guider(edm_denoised), ksampler("sample_euler"), LEVELS),
+        (guider(failing), ksampler("sample_euler"), LEVELS),
+        (guider(module="other.pack"), ksampler("sample_euler"), LEVELS),
+        (guider(sampler_cfg_function=len), ksampler("sample_euler"), LEVELS),
+        (guider(sampler_post_cfg_function=[len]), ksampler("sample_euler"), LEVELS),
+        (guider(sampler_pre_cfg_function=[len]), ksampler("sample_euler"), LEVELS),
+        (guider(sampler_calc_cond_batch_function=len), ksampler("sample_euler"), LEVELS),
+        (guider(denoise_mask_function=len), ksampler("sample_euler"), LEVELS),
+        (guider(model_function_wrapper=len), ksampler("sample_euler"), LEVELS),
+        *(
+            (guider(transformer_options={"wrappers": {kind: {"theirs": [len]}}}), ksampler("sample_euler"), LEVELS)
+            for kind in ("sampler_sample", "predict_noise", "calc_cond_batch")
+        ),
+    ),
+)
+def test_no_solver_where_anything_else_may_stand_between(guide: Any, sampler: Any, levels: tuple[float, ...] | None) -> None:
+    assert solver_of(guide, sampler, levels, "ours") == (None, None)
+
+
+def test_conditions_that_come_or_go_are_noticed() -> None:
+    def run(*evaluations: tuple[str, ...]) -> bool:
+        sampling = Sampling(Sampler("some"), torch.linspace(1, 0, 9))
+        for asked in evaluations:
+            sampling.evaluate(torch.ones(1))
+            for each in asked:
+                sampling.context({"cond_or_uncond": [0], "uuids": [each]})
+        sampling.evaluate(torch.ones(1))
+        return sampling.uniform
+
+    assert run(("a", "b"), ("b", "a"), ("a", "b"))
+    assert not run(("a", "b"), ("a",))
+    assert not run(("a",), ("a", "a"))
+
+
+def test_a_run_that_is_no_longer_known_is_corrected_no_further() -> None:
+    options = resolve_options({"strategy": "adaptive", "target_speedup": 2.0})
+    session = Session(options, "model", owns_calls=True)
+    session.new_run(4, LEVELS, "euler", "flow")
+    session._corrector.begin_run(session.clock, sees_whole_calls=True)
+    assert session._corrector.applies(2)
+    session.stop_correcting()
+    assert not session._corrector.applies(2)
+
+
+def test_what_the_session_says_reaches_the_node() -> None:
+    heard: list[str] = []
+    class Patcher:
+        model = types.SimpleNamespace(diffusion_model=torch.nn.Identity())
+
+    cache = PatcherCache(resolve_options({"correction": True, "language": "en"}), patcher := Patcher())
+    assert cache.owner() is patcher
+    cache.display = types.SimpleNamespace(said=heard.append)  # type: ignore[assignment]
+    with pytest.warns(CacheDitWarning, match="euler, ddim and dpmpp_2m"):
+        cache.session._corrector.begin_run(cache.clock, sees_whole_calls=True)
+    assert len(heard) == 1

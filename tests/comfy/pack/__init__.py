@@ -484,6 +484,7 @@ class TestServer(TestNode):
             ),
             "num_steps": clock and clock.num_steps,
             "sigmas": clock and clock.sigmas,
+            "solver": clock and clock.solver,
         }
         SAID.clear()
         shown = json.dumps(facts)
