@@ -292,6 +292,8 @@ class BlockGraph:
     ) -> None:
         # the session keeps the graph, and must not keep the model alive
         self.controls: tuple[int, ...] = ()
+        # its results are not the model's output
+        self.repeats = False
         self._block, self._session, self._streams = weakref.ref(block), owner.session, streams
         self.inputs, self.report, self.frame, self.outputs = inputs, owner.report, id(owner), len(streams.base_of)
         self.programs = Programs(self._computing(programs), self._reusing(programs))

@@ -250,6 +250,13 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "The model's inputs are too large to be kept until the next step: skipped steps are not corrected\n"
         "Remedy: correction=False says that none is wanted",
     ),
+    "correction_repeats": (
+        "模型在缓存的块之外使用随机数，或修改自身的缓冲区，不能为修正再次运行，已跳过的步骤不会被修正\n"
+        "解决方案: 不需要修正时使用 correction=False",
+        "Outside of its cached blocks the model draws random numbers or writes to its own buffers, so that nothing can be run "
+        "once more: skipped steps are not corrected\n"
+        "Remedy: correction=False says that none is wanted",
+    ),
     "correction_times": (
         "模型的时间步与给出的 sigmas 不一致，本次采样中已跳过的步骤不会被修正\n"
         "解决方案: 向 cache_dit.new_run 传入本次采样实际使用的 sigmas",

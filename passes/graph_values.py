@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..torch_internals import hint_of, is_higher_order, is_mutable_overload, memory_of, shows_memory, symbol_of
+from ..torch_internals import (
+    hint_of,
+    is_higher_order,
+    is_mutable_overload,
+    memory_of,
+    shows_memory,
+    source_name,
+    symbol_of,
+)
 
 _MUTATING_FUNCTIONS = frozenset(
     {
@@ -103,6 +112,14 @@ def is_parameter(node: fx.Node) -> bool:
     return bool(tensor_dict.get("_dynamo_static_input_type"))
 
 
+_OF_MODEL = re.compile(r"^L\['self'\]|\._modules\[")
+
+
+def is_of_model(node: fx.Node) -> bool:
+    """Whether a graph's input is what a module holds, by where the tracer found it."""
+    return bool(_OF_MODEL.search(source_name(node)))
+
+
 def name_of(node: fx.Node) -> str:
     """The bare name of what a node calls: ``add_``, ``setitem``, ``linear``."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -189,6 +206,20 @@ def _is_not_zero(probability: Any) -> bool:
         return True
     # asking guards the answer: with another value the model is traced again
     return bool(value != 0.0)
+
+
+def repeats(gm: fx.GraphModule) -> bool:
+    """Whether running the graph once more gives the same and changes nothing: it draws no random numbers, and writes to
+    nothing that the model holds."""
+    for node in gm.graph.nodes:
+        if is_random(node):
+            return False
+        written = mutated_argument(node)
+        while written is not None and written.op not in ("placeholder", "get_attr"):
+            written = viewed_argument(written)
+        if written is not None and (is_parameter(written) or is_of_model(written)):
+            return False
+    return True
 
 
 def is_removable(node: fx.Node) -> bool:

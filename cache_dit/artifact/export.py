@@ -21,7 +21,7 @@ from ..integrations.targets import denoisers_of
 from ..lowering.specialize import specialized_graph
 from ..messages import announce
 from ..options import CacheOptions, ProgramOptions, resolve_options
-from ..passes.graph_values import example_of
+from ..passes.graph_values import example_of, repeats
 from ..runtime.program import time_names
 from ..texts import text
 from ..torch_internals import (
@@ -175,6 +175,7 @@ def _compile(
             outputs=len(_outputs_of(plain)),
             time=_time_among([names[i] for i in tensors], [leaves[i][1] for i in tensors]),
             controls=tuple(place_of[i] for i in controls),
+            repeats=repeats(plain),
             history=inputs.history,
             accumulate=manifests.dtype_name(inputs.accumulate),
             residuals=tuple(map(_buffer, inputs.residuals)),

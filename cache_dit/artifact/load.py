@@ -226,6 +226,7 @@ class _ArtifactGraph:
         self.report = GraphReport(content.nodes, None, None, region=content.region, lowering="specialize", booked=True)
         self.frame: object = self
         self.controls = content.controls
+        self.repeats = content.repeats
         self._arguments = _Arguments(content)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], language: str | None) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from ..options import CacheOptions
 from ..passes.insert_cache_branch import CacheInputs, ResidualBuffer
 from .sizes import Size
 
-FORMAT = 2
+FORMAT = 3
 """Raised where older loaders would read an artifact wrongly."""
 MANIFEST_NAME = "cache_dit.json"
 COMPUTE_PROGRAM, REUSE_PROGRAM = "model", "reuse"
@@ -66,6 +66,7 @@ class Manifest:
         outputs: how many tensors the model returns.
         time: place of the timestep among the tensors.
         controls: places among the tensors of what enters the cached blocks from outside.
+        repeats: whether the program that predicts may be run once more.
         programs: for each program which of the tensors, followed by the cache inputs, it takes.
     """
 
@@ -83,6 +84,7 @@ class Manifest:
     outputs: int
     time: int | None
     controls: tuple[int, ...]
+    repeats: bool
     history: int
     accumulate: str
     residuals: tuple[Buffer, ...]

@@ -125,6 +125,7 @@ class CachedCall:
                 session.call_time = self._time
                 session.begin()
                 result = (self._function if session.runs_eager else compiled)(*args, **kwargs)
+                session.see(result)
                 session.end()
             except BaseException as error:
                 session.abort()

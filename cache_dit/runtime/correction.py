@@ -76,16 +76,32 @@ class Past:
         known = self.copies.get(place)
         if known is not None and version is not None and known[0]() is value and known[1] == version:
             return known[2]
-        copy = value.clone()
+        copy = _copy_of(value)
         self.copies[place] = (weakref.ref(value), version, copy)
         return copy
+
+
+def _span(value: torch.Tensor) -> int:
+    """The elements from a tensor's first to its last in memory; fewer than it has where it is expanded."""
+    if value.numel() == 0 or value.layout is not torch.strided:
+        return value.numel()
+    return 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
+def _copy_of(value: torch.Tensor) -> torch.Tensor:
+    """A copy that lies in memory as the tensor does, expanded or with gaps: compiled programs rely on it."""
+    copy = value.clone()
+    if copy.stride() == value.stride() or type(value) is not torch.Tensor:
+        return copy
+    span = value.as_strided((_span(value),), (1,), value.storage_offset())
+    return span.clone().as_strided(value.shape, value.stride())
 
 
 def bytes_to_keep(args: Sequence[Any], weights: Sequence[torch.Tensor]) -> int:
     """Memory that the inputs of one skipped step take, weights left out."""
     watched = set(map(id, weights))
     kept = [value for value in args if isinstance(value, torch.Tensor) and id(value) not in watched]
-    return sum(value.numel() * value.element_size() for value in kept)
+    return sum(_span(value) * value.element_size() for value in kept)
 
 
 def output_place(outputs: Sequence[Any]) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -26,10 +27,14 @@ class Corrector:
         self.steps: Sequence[SolverStep] | None = None
         self._options, self._said, self._operands = options, said, operands
         self._time_check: TimeCheck | None = None
+        # of a run's first computed step the result that counts as the model's output, until the call shows that it is
+        self.unseen: torch.Tensor | None = None
+        self._seen = False
 
     def begin_run(self, clock: StepClock, *, sees_whole_calls: bool) -> None:
         """A run begins: take its solver's steps where skipped ones are to be corrected and can be."""
-        self.steps = self._time_check = None
+        self.steps = self._time_check = self.unseen = None
+        self._seen = False
         if not self._options.may_correct():
             return
         if not sees_whole_calls:
@@ -46,19 +51,26 @@ class Corrector:
         """Whether this step of the run is one of its solver's."""
         return self.steps is not None and step <= len(self.steps)
 
-    def skipped(
-        self, store: ResidualStore, graph: Cacheable, args: Sequence[Any], point: Point, noise: int, results: Sequence[Any]
-    ) -> Sequence[Any]:
-        """A step was skipped: its results, with what a solver with memory still has to make up for. Its inputs are kept."""
-        place = self._place(point, results)
-        if place is None:
-            return results
+    def keep(self, store: ResidualStore, graph: Cacheable, args: Sequence[Any]) -> tuple[Any, ...] | None:
+        """Copies of the inputs of a step that is about to be skipped: the program may write to them. None: it cannot be
+        corrected."""
+        if not graph.repeats:
+            self.end("correction_repeats")
+            return None
         weights = graph.watched(args)
         if bytes_to_keep(args, weights) > FREE_BYTES + 2 * store.bytes:
             self.end("correction_memory")
+            return None
+        return store.past.keep(args, weights)
+
+    def skipped(
+        self, store: ResidualStore, kept: tuple[Any, ...], point: Point, noise: int, results: Sequence[Any]
+    ) -> Sequence[Any]:
+        """A step was skipped, with these inputs: its results, with what a solver with memory still has to make up for."""
+        place = self._place(point, results)
+        if place is None:
             return results
         assert self.steps is not None
-        kept = store.past.keep(args, weights)
         return _replaced(results, place, note_skipped(store.past, self.steps, point, kept, noise, results[place]))
 
     def computed(
@@ -93,11 +105,20 @@ class Corrector:
         changed = correct(
             store.past, self.steps, store.points, store.measured, inputs.history, used, rerun, place, results[place]
         )
+        if not self._seen:
+            self.unseen = changed
         return _replaced(results, place, changed)
+
+    def see(self, result: object) -> None:
+        """What the call gave: where that is not what was corrected, but made of it by code that was not traced, nothing is
+        corrected any more."""
+        output, self.unseen, self._seen = self.unseen, None, True
+        if self.steps is not None and not any(each is output for each in _tensors_in(result)):
+            self.end("correction_outputs")
 
     def end(self, why: str) -> None:
         """Skipped steps stay as they are from here to the end of the run."""
-        self.steps = None
+        self.steps = self.unseen = None
         self._refuse(why)
 
     def _place(self, point: Point, results: Sequence[Any]) -> int | None:
@@ -111,9 +132,25 @@ class Corrector:
         return place
 
     def _refuse(self, key: str) -> None:
-        """Said where the user asked for correction by name."""
-        if self._options.correction is True:
+        """Said where the user asked for correction by name, and where what was announced is not true."""
+        if self._options.correction is True or key == "correction_times":
             self._said.warn(key, solvers=", ".join(map(repr, SOLVERS)))
+
+
+def _tensors_in(result: object) -> Iterator[torch.Tensor]:
+    """The tensors of a model's result: itself, or those in its containers."""
+    if isinstance(result, torch.Tensor):
+        yield result
+        return
+    parts: Iterable[object] = ()
+    if isinstance(result, (tuple, list)):
+        parts = result
+    elif isinstance(result, Mapping):
+        parts = result.values()
+    elif is_dataclass(result):
+        parts = (getattr(result, each.name) for each in fields(result))
+    for each in parts:
+        yield from _tensors_in(each)
 
 
 def _replaced(results: Sequence[Any], place: int, value: torch.Tensor) -> Sequence[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import fx
 
-from ..passes.graph_values import example_of, is_parameter
+from ..passes.graph_values import example_of, is_of_model, is_parameter, repeats
 from ..passes.insert_cache_branch import CacheInputs
 from ..torch_internals import is_unbacked, source_name, symbol_of
 from .buffers import Dynamic, Sizes
@@ -97,6 +97,10 @@ class Cacheable(Protocol):
         """Places of the arguments that enter the region past the blocks that always compute."""
 
     @property
+    def repeats(self) -> bool:
+        """Whether the program that predicts may be run once more, with earlier inputs, and nothing but its results matters."""
+
+    @property
     def dynamic_sizes(self) -> Callable[[Sequence[Any]], Dynamic]:
         """Reads from the arguments the sizes, and numbers of the model, that may differ from call to call."""
 
@@ -145,6 +149,7 @@ class CachedGraph:
         "inputs",
         "outputs",
         "programs",
+        "repeats",
         "report",
         "sizes",
         "time_index",
@@ -166,6 +171,7 @@ class CachedGraph:
         placeholders = [node for node in original.graph.nodes if node.op == "placeholder"]
         self._find_session, self.programs, self._plain = find_session, programs, plain
         self.inputs, self.report, self.frame, self.controls = inputs, report, frame, controls
+        self.repeats = repeats(original)
         self.outputs = len(next(iter(reversed(original.graph.nodes))).args[0])
         self.time_index = find_time(placeholders)
         self.weight_index, self.watched = _watched_weights(placeholders)
@@ -222,13 +228,10 @@ class SizeReader:
         )
 
 
-_OF_MODEL = re.compile(r"^L\['self'\]|\._modules\[")
-
-
 def _is_number_of_model(node: fx.Node) -> bool:
     """Whether an input is a float that an attribute of a module holds: Dynamo makes it one once it has changed."""
     value = example_of(node)
-    if is_parameter(node) or not _OF_MODEL.search(source_name(node)):
+    if is_parameter(node) or not is_of_model(node):
         return False
     return isinstance(value, torch.SymFloat) or (
         isinstance(value, torch.Tensor) and value.dim() == 0 and value.device.type == "cpu"
@@ -239,12 +242,12 @@ def _is_tensor_of_model(node: fx.Node) -> bool:
     """Whether an input is a weight, a buffer or another tensor that the model holds."""
     if not isinstance(example_of(node), torch.Tensor):
         return False
-    return is_parameter(node) or (bool(_OF_MODEL.search(source_name(node))) and not _is_number_of_model(node))
+    return is_parameter(node) or (is_of_model(node) and not _is_number_of_model(node))
 
 
 def _is_given(node: fx.Node) -> bool:
     """Whether an input is a tensor that the caller of the model hands over."""
-    return isinstance(example_of(node), torch.Tensor) and not is_parameter(node) and not _OF_MODEL.search(source_name(node))
+    return isinstance(example_of(node), torch.Tensor) and not is_parameter(node) and not is_of_model(node)
 
 
 def sizes_are_known(inputs: CacheInputs, placeholders: Sequence[fx.Node]) -> bool:

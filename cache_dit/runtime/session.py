@@ -243,6 +243,11 @@ class Session:
         self.end_run()
         self.clock.new_run(num_steps, sigmas, solver, prediction)
 
+    def see(self, result: object) -> None:
+        """What the call under way gives its caller."""
+        if self._corrector.unseen is not None:
+            self._corrector.see(result)
+
     def stop_correcting(self) -> None:
         """What the sampler makes of the model's output is not known any more: skipped steps stay as they are."""
         if self._corrector.steps is not None:
@@ -320,6 +325,9 @@ class Session:
             skip = self._heeds_controls(forward, store, [args[i] for i in graph.controls], skip)
         point = Point(forward.tick.step, forward.time)
         before = store.points
+        kept = None
+        if skip and self._corrector.applies(point.step) and not self._several_graphs:
+            kept = self._corrector.keep(store, graph, args)
         flat = (*args, *self._cache_operands(graph, store, point, forward.tick, skip), *store.operands())
         program = graph.programs.reuse if skip else graph.programs.compute
         if graph.inputs.fetches:
@@ -350,7 +358,9 @@ class Session:
             self._corrector.end("correction_outputs")
             return results
         if skip:
-            return self._corrector.skipped(store, graph, args, point, self._noise_key_of(forward.tick), results)
+            if kept is None:
+                return results
+            return self._corrector.skipped(store, kept, point, self._noise_key_of(forward.tick), results)
         return self._corrector.computed(store, graph, point, before, self._forecast_name(store), results)
 
     def _share(self) -> None:

@@ -92,30 +92,43 @@ SOLVERS: dict[str, Solver] = {"euler": euler, "ddim": euler, "dpmpp_2m": dpmpp_2
 
 TIME_TOLERANCE = 0.02
 """How far the model's timestep may be from where the noise levels put it, as a share of the timesteps passed so far."""
+TIME_ROUNDING = 2.0**-8
+"""How far it may be off by itself, as a share of it: timesteps come in bfloat16 too."""
+FAR = 0.25
+"""The share of the way through the noise levels after which timesteps must have moved."""
 
 
 class TimeCheck:
     """Whether the model's timesteps go with the noise levels that were announced, for flow models: the one is the other
-    times a constant and plus one, whatever unit the model takes. Others count their timesteps in their own way."""
+    times a constant and plus one, whatever unit the model takes. Others count their timesteps in their own way.
+
+    Each timestep leaves a range for the constant, as wide as its rounding; the ranges must have something in common.
+    """
 
     def __init__(self, sigmas: Sequence[float], prediction: str) -> None:
         self._sigmas, self._checks = sigmas, prediction == "flow"
         self._first: tuple[int, float] | None = None
-        self._slope: float | None = None
+        # integers may be rounded to such
+        self._whole = True
+        self._low, self._high = -math.inf, math.inf
 
     def agrees(self, step: int, time: float | None) -> bool:
         """Whether this step's timestep (step from 1) fits those before; the first two cannot but fit."""
         if time is None or not self._checks:
             return True
+        self._whole &= float(time).is_integer()
         if self._first is None or self._first[0] == step:
             self._first = step, time
             return True
         passed = self._sigmas[step - 1] - self._sigmas[self._first[0] - 1]
-        if self._slope is None:
-            self._slope = (time - self._first[1]) / passed
-            return self._slope != 0.0
-        wanted = self._slope * passed
-        return abs(time - self._first[1] - wanted) <= TIME_TOLERANCE * abs(wanted)
+        moved, size = time - self._first[1], max(abs(time), abs(self._first[1]))
+        rounding = TIME_ROUNDING * size + (1.0 if self._whole else 0.0)
+        if abs(passed) > FAR * abs(self._sigmas[0] - self._sigmas[-1]) and abs(moved) <= rounding:
+            return False
+        off = rounding + TIME_TOLERANCE * abs(moved)
+        low, high = sorted(((moved - off) / passed, (moved + off) / passed))
+        self._low, self._high = max(self._low, low), min(self._high, high)
+        return self._low <= self._high
 
 
 def solver_steps(

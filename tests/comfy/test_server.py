@@ -599,9 +599,11 @@ print("equal")
 
 def test_solvers_are_comfyuis_samplers(tree: Path) -> None:
     paths = os.pathsep.join((str(tree), str(Path(__file__).resolve().parents[2])))
+    # in its folder: ours has a folder of the same name
     done = subprocess.run(
-        [sys.executable, "-c", SOLVERS], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", SOLVERS],
+        cwd=tree, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 import warnings
+from dataclasses import dataclass
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -262,31 +263,75 @@ def test_inputs_are_kept_for_a_correction_where_they_take_little(monkeypatch: py
     """A hundred bytes, and twice the ten that the residuals take."""
     correcting = corrector(monkeypatch, correction=True)
     store: Any = SimpleNamespace(bytes=10, past=Past())
-    graph: Any = SimpleNamespace(watched=lambda args: ())
+    graph: Any = SimpleNamespace(watched=lambda args: (), repeats=True)
     inputs, output = [torch.ones(size)], torch.ones(3)
 
-    def skipped() -> None:
-        found = correcting.skipped(store, graph, inputs, Point(2, 0.8), 0, [output, 3])
-        assert found[1] == 3 and torch.equal(found[0], output)
-
     if size == 30:
-        skipped()
+        kept = correcting.keep(store, graph, inputs)
+        assert kept is not None
+        found = correcting.skipped(store, kept, Point(2, 0.8), 0, [output, 3])
+        assert found[1] == 3 and torch.equal(found[0], output)
         assert correcting.applies(4) and not correcting.applies(5) and len(store.past.skipped) == 1
         return
     with pytest.warns(CacheDitWarning):
-        skipped()
+        assert correcting.keep(store, graph, inputs) is None
     assert not correcting.applies(1) and store.past.skipped == []
 
 
-def test_a_run_whose_timesteps_are_not_those_announced_is_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_run_once_more_is_not_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
     correcting = corrector(monkeypatch, correction=True)
+    graph: Any = SimpleNamespace(watched=lambda args: (), repeats=False)
+    with pytest.warns(CacheDitWarning, match="random numbers"):
+        assert correcting.keep(SimpleNamespace(bytes=10, past=Past()), graph, []) is None  # type: ignore[arg-type]
+    assert not correcting.applies(1)
+
+
+@pytest.mark.parametrize("made", ("expanded", "sliced", "transposed", "part of a transposed", "empty", "whole"))
+def test_copies_of_inputs_lie_in_memory_as_the_inputs_do(made: str) -> None:
+    base = torch.arange(24.0).reshape(2, 3, 4)
+    value = {
+        "expanded": torch.tensor(3.0).expand(5),
+        "sliced": base[:, 1:, :3],
+        "transposed": base.transpose(0, 2),
+        "part of a transposed": base.transpose(0, 2)[1:],
+        "empty": base[:0],
+        "whole": base,
+    }[made]
+    (copy,) = Past().keep([value], ())
+    assert copy.stride() == value.stride() and torch.equal(copy, value)
+    wanted = value.clone()
+    base.zero_()
+    assert torch.equal(copy, wanted)
+
+
+@pytest.mark.parametrize("result", ("same", "in a tuple", "in a mapping", "in a dataclass", "made of it", "nothing"))
+def test_only_what_the_call_gives_is_corrected(monkeypatch: pytest.MonkeyPatch, result: str) -> None:
+    @dataclass
+    class Output:
+        sample: torch.Tensor
+
+    correcting, output = corrector(monkeypatch, strategy="adaptive"), torch.ones(3)
+    correcting.unseen = output
+    given = {
+        "same": output, "in a tuple": (1, [output]), "in a mapping": {"sample": output}, "in a dataclass": Output(output),
+        "made of it": output + 0.0, "nothing": None,
+    }  # fmt: skip
+    correcting.see(given[result])
+    assert correcting.applies(1) == (result not in ("made of it", "nothing")) and correcting.unseen is None
+
+
+@pytest.mark.parametrize("asked", (True, "auto"))
+def test_a_run_whose_timesteps_are_not_those_announced_is_not_corrected(
+    monkeypatch: pytest.MonkeyPatch, asked: bool | str
+) -> None:
+    """And that is said in any case: what was announced is not true."""
+    correcting = corrector(monkeypatch, correction=asked, strategy="adaptive")
     store: Any = SimpleNamespace(bytes=10, past=Past())
-    graph: Any = SimpleNamespace(watched=lambda args: ())
     for step, time in ((1, 1.0), (2, 0.8)):
-        correcting.skipped(store, graph, [torch.ones(1)], Point(step, time), 0, [torch.ones(3)])
+        correcting.skipped(store, (torch.ones(1),), Point(step, time), 0, [torch.ones(3)])
     assert correcting.applies(3)
     with pytest.warns(CacheDitWarning):
-        correcting.skipped(store, graph, [torch.ones(1)], Point(3, 0.1), 0, [torch.ones(3)])
+        correcting.skipped(store, (torch.ones(1),), Point(3, 0.1), 0, [torch.ones(3)])
     assert not correcting.applies(3)
 
 

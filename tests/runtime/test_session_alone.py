@@ -43,7 +43,7 @@ class Graph:
         buffer = ResidualBuffer((2,), torch.float32, CPU)
         self.inputs = CacheInputs((buffer,), history, buffer if front else None, torch.float32, CPU)
         self.programs = Programs(lambda flat: self._run(flat, True), lambda flat: self._run(flat, False))
-        self.outputs, self.controls, self.frame = 1, controls, frame
+        self.outputs, self.controls, self.frame, self.repeats = 1, controls, frame, True
         region = RegionReport(("blocks",), (), ("blocks.1",), (), 1, (), (), 1, history, 8)
         self.report = GraphReport(1, None, None, region)
         self.calls: list[tuple[bool, list[float], int]] = []

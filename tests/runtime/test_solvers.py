@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cache_dit.runtime.solvers import SOLVERS, SolverStep, TimeCheck, dpmpp_2m, solver_steps
@@ -155,18 +157,54 @@ def test_dpmpp_2m_ends_in_first_order_in_short_runs_alone(steps: int) -> None:
 
 
 def test_timesteps_go_with_the_levels_or_not() -> None:
-    """Levels times a thousand; off by a hundredth of what has passed they fit, by a twentieth they do not."""
+    """Levels times a thousand; off by a hundredth of what has passed they fit, by a twelfth they do not."""
     sigmas = [1.0, 0.8, 0.5, 0.1, 0.0]
-    check = TimeCheck(sigmas, "flow")
-    assert [check.agrees(n + 1, 1000.0 * sigma) for n, sigma in enumerate(sigmas)] == [True] * 5
-    assert check.agrees(3, 500.0 + 0.01 * 500.0) and check.agrees(3, 500.0 - 0.01 * 500.0)
-    assert not check.agrees(3, 500.0 + 0.05 * 500.0) and not check.agrees(3, 500.0 - 0.05 * 500.0)
-    assert check.agrees(3, None) and TimeCheck(sigmas, "epsilon").agrees(3, 7.0)
+
+    def checked() -> TimeCheck:
+        check = TimeCheck(sigmas, "flow")
+        assert [check.agrees(n + 1, 1000.0 * sigma) for n, sigma in enumerate(sigmas)] == [True] * 5
+        return check
+
+    for off, fits in ((0.01, True), (-0.01, True), (0.08, False), (-0.08, False)):
+        assert checked().agrees(3, 500.0 + off * 500.0) == fits
+    assert checked().agrees(3, None) and TimeCheck(sigmas, "epsilon").agrees(3, 7.0)
     # the first one may come again, in another context; a course that stands still is none
     again = TimeCheck(sigmas, "flow")
     assert again.agrees(2, 800.0) and again.agrees(2, 800.0) and again.agrees(3, 500.0) and not again.agrees(4, 400.0)
     still = TimeCheck(sigmas, "flow")
-    assert still.agrees(1, 5.0) and not still.agrees(2, 5.0)
+    assert still.agrees(1, 5.0) and still.agrees(2, 5.0) and not still.agrees(3, 5.0)
+
+
+def bent(steps: int, shift: float) -> list[float]:
+    ramp = [1.0 - n / steps for n in range(steps + 1)]
+    return [shift * level / (1.0 + (shift - 1.0) * level) for level in ramp]
+
+
+@given(
+    steps=st.integers(2, 100),
+    shift=st.floats(0.3, 20.0),
+    unit=st.sampled_from((1.0, 1000.0, -1000.0)),
+    dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16, torch.int64)),
+)
+def test_timesteps_fit_whatever_they_are_rounded_to(steps: int, shift: float, unit: float, dtype: torch.dtype) -> None:
+    sigmas = bent(steps, shift)
+    offset = 1000.0 if unit < 0.0 else 0.0
+    if dtype is torch.int64 and abs(unit) == 1.0:
+        return
+    times = (torch.tensor(sigmas[:-1], dtype=torch.float64) * unit + offset).to(dtype).tolist()
+    check = TimeCheck(sigmas, "flow")
+    assert all(check.agrees(n + 1, float(time)) for n, time in enumerate(times))
+
+
+@given(
+    steps=st.integers(8, 100),
+    shift=st.floats(1.5, 20.0),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_timesteps_of_another_schedule_do_not_fit(steps: int, shift: float, dtype: torch.dtype) -> None:
+    check = TimeCheck(bent(steps, 1.0), "flow")
+    times = (torch.tensor(bent(steps, shift)[:-1]) * 1000.0).to(dtype).tolist()
+    assert not all(check.agrees(n + 1, time) for n, time in enumerate(times))
 
 
 def test_gain_is_how_far_the_state_moves() -> None:
