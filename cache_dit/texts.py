@@ -438,6 +438,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "count_weights_changed": ("权重改变", "weights changed"),
     "count_pattern_broken": ("调用规律被打破", "pattern of calls broken"),
     "count_unconfirmed": ("未命名上下文的规律尚未确认", "pattern of unnamed contexts not confirmed yet"),
+    "count_restart": ("噪声水平跳回", "noise levels that jump back"),
     "count_no_timestep": ("没有时间步", "no timestep"),
     "count_out_of_memory": ("内存不足", "out of memory"),
     "count_block_state": (
