@@ -157,6 +157,8 @@ class PatcherCache:
     """What a patcher and its clones carry: a session, the compiled calls, and the run under way."""
 
     def __init__(self, options: CacheOptions, patcher: Any, *, enabled: bool = True) -> None:
+        # ComfyUI's samplers do not tell the solver
+        options = options.where_nothing_is_corrected()
         self.owner: Callable[[], Any] = weakref.ref(patcher)
         self.session = Session(options, model_name(patcher), owns_calls=True)
         self.session.enabled = enabled

@@ -534,9 +534,9 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the buffers take now."""
+        """Bytes held now: the buffers, and what correction keeps of skipped steps."""
         # copies: another thread may be in the middle of a call
-        return sum(store.bytes for context in list(self.contexts.values()) for store in list(context.stores.values()))
+        return sum(store.held_bytes for context in list(self.contexts.values()) for store in list(context.stores.values()))
 
     def release(self) -> None:
         """Free everything stored."""

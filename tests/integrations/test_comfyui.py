@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from cache_dit.integrations import comfyui_sampling
+from cache_dit.integrations.comfyui import PatcherCache
 from cache_dit.integrations.comfyui_models import Mentions, wraps_itself
 from cache_dit.integrations.comfyui_sampling import Pace, SamplerClock, Sampling
 from cache_dit.integrations.timeline import Timeline
+from cache_dit.options import resolve_options
 from cache_dit.runtime.clock import Tick
 from cache_dit.runtime.observers import CallRecord
 
@@ -134,6 +136,16 @@ def test_the_clock_counts_what_the_sampler_says() -> None:
     clock.begin(8, None)
     clock.evaluation = 1
     assert clock.tick(1.0, "a") == Tick(2, "a", 1, True, False)
+
+
+@pytest.mark.parametrize(("forecast", "kept"), [("auto", 2), ("reuse", 1)])
+def test_no_residuals_are_kept_for_a_correction_that_no_sampler_tells_the_solver_of(forecast: str, kept: int) -> None:
+    patcher = torch.nn.Module()
+    cache = PatcherCache(resolve_options({"strategy": "adaptive", "forecast": forecast}), patcher)
+    assert cache.backend.program.history == cache.session.options.history() == kept
+    # asked for by name it stays, so that the run says why there is none
+    asked = PatcherCache(resolve_options({"strategy": "adaptive", "correction": True}), patcher)
+    assert asked.session.options.correction is True
 
 
 def test_a_model_that_goes_through_the_wrappers_is_known_by_its_code() -> None:
