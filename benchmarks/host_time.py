@@ -1,14 +1,15 @@
 """Host time that our runtime adds to a call: every program is replaced by its first result, so that no kernel runs.
 
 python benchmarks/host_time.py demo
+python benchmarks/host_time.py demo --device cuda
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,9 +35,10 @@ def remembering(gm: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[.
     return run
 
 
-def measure(name: str) -> dict[str, float]:
+def measure(name: str, device: str = "cpu") -> dict[str, float]:
     """Medians of microseconds a call, plain and ours, computing and skipping, in turns; and what watching the weights takes."""
     measured = subject(name)
+    measured.model.to(device)
     plain = torch.compile(copy.deepcopy(measured.model), backend=remembering)
     quiet: dict[str, Any] = {"forecast": "reuse", "noise_scale": 0.0, "correction": False, "inner": remembering}
     ours = {
@@ -48,7 +50,8 @@ def measure(name: str) -> dict[str, float]:
     seconds: dict[str, list[float]] = {kind: [] for kind in calls}
     with torch.no_grad():
         for step in range(CALLS):
-            given = measured.inputs(step)
+            inputs = measured.inputs(step)
+            given = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}
             # who comes first finds the inputs' memory cold
             order = list(calls)[step % len(calls) :] + list(calls)[: step % len(calls)]
             for kind in order:
@@ -75,4 +78,8 @@ def _comparing(model: torch.nn.Module) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(measure(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subject")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.subject, arguments.device)))

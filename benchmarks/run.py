@@ -68,7 +68,9 @@ def main() -> None:
     results: dict[str, Any] = {"steps": {}, "compile": {}, "host": {}, "tradeoff": {}}
     if file.exists() and not arguments.fresh:
         results |= json.loads(file.read_text(encoding="utf-8"))
-    results["machine"] = _machine(arguments)
+    machine = _machine(arguments)
+    _check_same(results.get("machine", machine), machine, file)
+    results["machine"] = machine
     for key, names, options in _parts(arguments):
         for name in names:
             label = f"{name}{' dynamic' if '--dynamic' in options else ''}"
@@ -124,6 +126,14 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "diffusers": version("diffusers"),
         "peers": (FOLDER / "peers.txt").read_text(encoding="utf-8").splitlines()[-1] if arguments.peers else "none",
     }
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], file: Path) -> None:
+    """One report has one heading: what was measured before must have been measured like this."""
+    names = [name for name in ("device", "threads", "inner") if before.get(name) != now[name]]
+    other = [f"{name} {before.get(name)}, now {now[name]}" for name in names]
+    if other:
+        raise SystemExit(f"{file} was measured with {'; '.join(other)}: give --fresh, or another --out")
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:
@@ -201,7 +211,7 @@ def _compile(subject: str, arguments: argparse.Namespace, options: list[str], lo
 
 def _host(subject: str, arguments: argparse.Namespace, options: list[str], log: Path) -> dict[str, Any]:
     """What our runtime adds to a call, in a process of its own."""
-    command = [sys.executable, str(FOLDER / "host_time.py"), subject]
+    command = [sys.executable, str(FOLDER / "host_time.py"), subject, "--device", arguments.device]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(f"  {found}", flush=True)
@@ -210,7 +220,8 @@ def _host(subject: str, arguments: argparse.Namespace, options: list[str], log: 
 
 def _tradeoff(subject: str, arguments: argparse.Namespace, options: list[str], log: Path) -> list[dict[str, Any]]:
     """Whole runs of the trained model, and how far their pictures are from plain's."""
-    points = tradeoff.measured(with_peers=arguments.peers)
+    options = ["--threads", str(arguments.threads), "--inner", arguments.inner, "--device", arguments.device]
+    points = tradeoff.measured(with_peers=arguments.peers, options=options)
     for point in points:
         print(f"  {point['line']}, {point['what']}: {point['time']:.3f} of plain", flush=True)
     return points

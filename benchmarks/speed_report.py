@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +118,9 @@ def compile_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
 
 
 def write_report(results: Mapping[str, Any], out: Path) -> None:
-    """results.md and the plots into a folder."""
+    """results.md and, where matplotlib is there, the plots into a folder."""
     machine = results["machine"]
+    plots: list[Callable[[], None]] = []
     lines = [
         f"{machine['platform']}, {machine['device']}, {machine['cpus']} CPUs, {machine['threads']} threads, torch "
         f"{machine['torch']}, inner compiler {machine['inner']}; peers: {machine['peers']}, diffusers "
@@ -127,14 +130,14 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
     for label, measured in results["steps"].items():
         dynamic = ", sizes dynamic" if label.endswith("dynamic") else ""
         lines += [f"### {subject(label.split()[0]).title}{dynamic}", "", *steps_table(measured), ""]
-        plot_run(measured, out / f"run-{label.replace(' ', '-')}.png", label)
+        plots.append(partial(plot_run, measured, out / f"run-{label.replace(' ', '-')}.png", label))
     if results["compile"]:
         lines += ["### Seconds of the first three calls (ratio to plain)", ""]
         lines += [*compile_table(results["compile"]), ""]
-        plot_depth(results["compile"], out / "compile-depth.png")
+        plots.append(partial(plot_depth, results["compile"], out / "compile-depth.png"))
     for points in results["tradeoff"].values():
         lines += ["### Speed against fidelity: whole runs of the demo model", "", *tradeoff.table(points), ""]
-        plot_tradeoff(points, out / "speed-fidelity.png")
+        plots.append(partial(plot_tradeoff, points, out / "speed-fidelity.png"))
     for label, measured in results["host"].items():
         added = ", ".join(f"{name} {value:.0f} µs" for name, value in measured.items() if name.endswith("adds"))
         title = SUBJECTS[label]().title
@@ -142,6 +145,11 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
         told = f"plain {measured['plain']:.0f} µs; {added}{weights}"
         lines += [f"### Host time a call, without kernels: {title}", "", told, ""]
     (out / "results.md").write_text("\n".join(lines), encoding="utf-8")
+    if plots and find_spec("matplotlib") is None:
+        print("no plots: they need matplotlib; with it the same command draws them from what was measured", flush=True)
+        return
+    for plot in plots:
+        plot()
 
 
 def plot_run(measured: Mapping[str, Found], file: Path, title: str) -> None:

@@ -92,7 +92,8 @@ def enable_cache(
         target_speedup: adaptive: by what factor the cached blocks' work is to fall over a run.
         calibration: adaptive with a ``target_speedup``: what `calibrate` measured, or its file, to place
             computed steps by.
-        correction: ``'auto'`` or a bool.
+        correction: put skipped steps right once the next one has computed, by way of its output, where the run's noise levels,
+            solver and prediction type are known: ``'auto'`` (default: under ``'adaptive'`` alone) or a bool.
         max_consecutive_hits: the most steps skipped in a row (default 4; adaptive: its own choice).
         control_refresh: compute a step due to be skipped where what enters the cached blocks from outside (the outputs of a
             control network) moved by more than this share of its mean size since the last computed step; True means 0.1
@@ -242,7 +243,7 @@ def get_stats(model: object) -> CacheStats:
     """Every measured figure of a model, frozen; of a pipeline the sum over its denoisers.
 
     Raises:
-        CacheDitError: caching was never turned on for this model, or it has not been called yet.
+        CacheDitError: caching was never turned on for this model, or (under bare ``torch.compile``) it was not called yet.
     """
     return _merged(model, _required_sessions(model))
 
@@ -286,7 +287,7 @@ def new_run(
         prediction: what the model predicts: ``'flow'``, ``'epsilon'`` or ``'v'``.
 
     Raises:
-        CacheDitError: caching is not on for this model.
+        CacheDitError: caching was never turned on for this model, or (under bare ``torch.compile``) it was not called yet.
         ValueError, TypeError: a wrong argument.
     """
     steps = _checked_steps(num_steps)
@@ -329,7 +330,7 @@ def context(model: object, name: str) -> Iterator[None]:
     """Calls inside belong to the context ``name`` of this model: positive or negative prompt, an expert, a request.
 
     Raises:
-        CacheDitError: caching is not on for this model.
+        CacheDitError: caching was never turned on for this model, or (under bare ``torch.compile``) it was not called yet.
         TypeError: ``name`` is not a str.
     """
     if not isinstance(name, str):

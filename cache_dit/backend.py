@@ -56,7 +56,8 @@ def cache_dit_backend(
         CacheDitError: nothing could be cached and ``strict`` was asked for.
     """
     try:
-        resolved = _interned(resolve_options(options))
+        # nobody says where a call ends, so that none is ever corrected
+        resolved = _interned(resolve_options(options).where_nothing_is_corrected())
         return compile_graph(gm, example_inputs, resolved.program(), mode, _UnownedCalls(resolved))
     except (ValueError, TypeError, CacheDitError) as error:
         raise backend_failure(error) from error

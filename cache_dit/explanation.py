@@ -24,7 +24,7 @@ class Explanation:
         graphs: one report for each compiled graph that ran, cached ones first.
         graph_breaks: the reason and the user's line of each graph break.
         buffer_bytes: bytes of the buffers for one context, known before the first skip; None where shapes are dynamic.
-        held_bytes: bytes that the buffers of all contexts take now.
+        held_bytes: bytes held now for all contexts: the buffers, and what correction keeps of skipped steps.
         refused: how often each reason made a step compute that was due to be skipped.
         compile_seconds: time spent in compiling.
     """

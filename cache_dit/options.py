@@ -88,6 +88,10 @@ class CacheOptions:
         """Whether skipped steps are corrected where the run's solver allows it."""
         return self.correction is True or (self.correction == "auto" and self.strategy == "adaptive" and self.schedule is None)
 
+    def where_nothing_is_corrected(self) -> CacheOptions:
+        """These options where no solver is ever known: `correction='auto'` would keep residuals that nothing asks for."""
+        return replace(self, correction=False) if self.correction == "auto" else self
+
     def history(self) -> int:
         """Residuals kept: as many as the forecast needs, and three at least to interpolate by where steps are corrected."""
         return max(1 if self.forecast == "reuse" else self.order + 1, 3 if self.may_correct() else 1)

@@ -98,7 +98,7 @@ class CacheStats:
     """Forecast errors measured."""
     mean_forecast_error: float | None
     cache_bytes: int
-    """Device and host memory that the stored residuals take."""
+    """Device and host memory held now: the stored residuals, the front's output, what correction keeps of skipped steps."""
     hit_rate: float = field(init=False)
     """Percent of `calls`; 0 while there are none."""
     computed: int = field(init=False)

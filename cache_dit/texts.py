@@ -211,9 +211,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     ),
     "out_of_memory": (
         "没有足够的内存存放缓存，本模型照常计算\n"
-        "解决方案: 使用 residual_dtype=torch.bfloat16 或 torch.int8、residual_device='cpu' 或 forecast='reuse'",
+        "解决方案: 使用 residual_dtype=torch.bfloat16 或 torch.int8、residual_device='cpu' 或 forecast='reuse'"
+        "（adaptive 下还需 correction=False）",
         "Not enough memory for the cache: the model computes as usual\n"
-        "Remedy: residual_dtype=torch.bfloat16 or torch.int8, residual_device='cpu' or forecast='reuse'",
+        "Remedy: residual_dtype=torch.bfloat16 or torch.int8, residual_device='cpu' or forecast='reuse' (under "
+        "adaptive with correction=False)",
     ),
     "control_ignored": (
         "从外部进入被缓存块的输入（例如 ControlNet 的输出）在跳过的步上改变了 {moved:.1f}%，这些步听不到这种变化\n"
@@ -293,9 +295,10 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "Config",
     ),
     "comfy_out_of_memory": (
-        "没有足够的内存存放缓存，本模型照常计算\n解决方案: 在 CacheDit 高级配置 中把预测方法设为 reuse，或减小图片或批量",
+        "没有足够的内存存放缓存，本模型照常计算\n解决方案: 在 CacheDit 高级配置 中把预测方法设为 reuse（adaptive 下还需把修正设为 off），"
+        "或减小图片或批量",
         "Not enough memory for the cache: the model computes as usual\n"
-        "Remedy: forecast reuse in CacheDit Advanced Config, or a smaller picture or batch",
+        "Remedy: forecast reuse in CacheDit Advanced Config (under adaptive with correction off), or a smaller picture or batch",
     ),
     "comfy_forward_replaced": (
         "另一个节点包替换了 {what} 的前向函数，因此本次未使用缓存\n解决方案: 移除该节点，或将其放在 CacheDiT 节点之后",
@@ -452,6 +455,7 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     "count_weights_changed": ("权重改变", "weights changed"),
     "count_pattern_broken": ("调用规律被打破", "pattern of calls broken"),
     "count_unconfirmed": ("未命名上下文的规律尚未确认", "pattern of unnamed contexts not confirmed yet"),
+    "count_restart": ("噪声水平跳回", "noise levels that jump back"),
     "count_no_timestep": ("没有时间步", "no timestep"),
     "count_out_of_memory": ("内存不足", "out of memory"),
     "count_block_state": (
@@ -607,19 +611,19 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
     ),
     "cli_registered": ("已注册", "registered"),
     "cli_not_registered": (
-        "未注册；请安装本包（pip install cache-dit-fx），或先 import cache_dit",
-        "not registered; install the package (pip install cache-dit-fx), or import cache_dit first",
+        "未注册；请在克隆的目录中安装本包（pip install -e .），或先 import cache_dit",
+        "not registered; install the package (pip install -e . in the clone), or import cache_dit first",
     ),
     "cli_no_other": ("未安装，没有冲突", "not installed, no conflict"),
     "cli_other_found": (
         "已安装 {version}，它的导入名也是 cache_dit，二者会互相遮盖；解决方案: pip uninstall cache-dit，"
-        "然后 pip install --force-reinstall --no-deps cache-dit-fx",
+        "然后在克隆的目录中 pip install --force-reinstall --no-deps -e .",
         "{version} is installed under the same import name cache_dit, and one hides the other; remedy: "
-        "pip uninstall cache-dit, then pip install --force-reinstall --no-deps cache-dit-fx",
+        "pip uninstall cache-dit, then pip install --force-reinstall --no-deps -e . in the clone",
     ),
     "cli_missing_package": (
-        "缺少软件包 {package}\n解决方案: pip install cache-dit-fx[demo]",
-        "the package {package} is not installed\nRemedy: pip install cache-dit-fx[demo]",
+        "缺少软件包 {package}\n解决方案: 在克隆的目录中 pip install -e '.[demo]'",
+        "the package {package} is not installed\nRemedy: pip install -e '.[demo]' in the clone",
     ),
     "cli_model_unknown": (
         "无法识别 MODEL '{model}'；允许: package.module:function、diffusers 管线或模型的文件夹（须存在）、demo",

@@ -11,7 +11,7 @@ localize_region      rewrite   distributed tensors cross the region's border as 
 outline_region       rewrite   the region becomes a submodule with explicit inputs and outputs
 insert_cache_branch  rewrite   the submodule becomes ``cond(pred, compute, reuse)``
 specialize_branch    rewrite   the branch is folded for a decision the host has taken
-split_pieces         analysis  a specialized graph cut at the borders of its blocks, those alike with equal keys
+split_pieces         rewrite   a specialized graph is cut at the borders of its blocks, those alike with equal keys
 ===================  ========  =====================================================================
 
 All but the last two make the intermediate representation, the cond form; lowerings start from it. Passes know nothing of

@@ -248,6 +248,16 @@ def test_a_compiled_model_goes_by_the_name_of_its_class_and_its_id() -> None:
     assert cache_dit.explain(model).name == f"TinyDiT_{id(model)}"
 
 
+@pytest.mark.parametrize("correction", ["auto", False])
+def test_bare_compiling_keeps_no_residuals_for_a_correction_that_cannot_be(correction: object) -> None:
+    model = models.seeded(models.TinyDiT)
+    options = {**EXACT, "strategy": "adaptive", "correction": correction}
+    run(torch.compile(model, backend="cache_dit", options=options))
+    residual = models.BATCH * models.TOKENS * models.WIDTH * 4
+    # and the front's output
+    assert cache_dit.get_stats(model).cache_bytes == 2 * residual
+
+
 def test_caching_of_a_compiled_model_can_be_turned_off() -> None:
     model = models.seeded(models.TinyDiT)
     caller = torch.compile(model, backend="cache_dit", options=EXACT)

@@ -196,7 +196,7 @@ def test_progress_bar_is_on_stderr_and_obeys_the_users_level(capsys: pytest.Capt
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
-    with pytest.raises(MissingPackageError, match=r"no_such_package.*\n.*pip install cache-dit-fx\[demo\]"):
+    with pytest.raises(MissingPackageError, match=r"no_such_package.*\n.*pip install -e '\.\[demo\]'"):
         require("no_such_package", "en")
     with pytest.raises(MissingPackageError, match="no_such_package"):
         require("no_such_package.part")

@@ -179,7 +179,7 @@ def test_a_missing_package_gives_1_and_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert main(["inspect", "demo"]) == 1
-    assert "pip install cache-dit-fx[demo]" in capsys.readouterr().err
+    assert "pip install -e '.[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["info", "inspect", "compare"])

@@ -70,10 +70,17 @@ class ResidualStore:
 
     @property
     def bytes(self) -> int:
-        """Memory of the buffers, in bytes."""
+        """Memory of the residuals and the front's output, in bytes."""
         tensors = [tensor for history in self.residuals for tensor in history]
         tensors += [self.front] if self.front is not None else []
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of everything held now, in bytes: the buffers, and what correction keeps of skipped steps."""
+        held = {id(tensor): tensor for tensor in self.past.tensors()}
+        held |= {id(self.scratch): self.scratch} if self.scratch is not None else {}
+        return self.bytes + sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
     def operands(self) -> list[torch.Tensor]:
         """The buffers in the order the programs take them."""

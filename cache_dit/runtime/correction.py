@@ -62,6 +62,14 @@ class Past:
         self.copies.clear()
         self.deviation = self.before_skipped = None
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds of its own: copied inputs, outputs, deviations. Weights among the inputs are the model's."""
+        # copies of the lists: another thread may be in the middle of a call
+        copied, skipped = dict(self.copies), list(self.skipped)
+        held = [copy for _, _, copy in copied.values()]
+        held += [each.args[place] for each in skipped for place in copied] + [each.output for each in skipped]
+        return held + [each for each in (self.deviation, self.before_skipped) if each is not None]
+
     def keep(self, args: Sequence[Any], weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
         """The inputs as they are now: the caller may write to them before they are needed. Weights are watched elsewhere."""
         watched = set(map(id, weights))

@@ -550,9 +550,9 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the buffers take now."""
+        """Bytes held now: the buffers, and what correction keeps of skipped steps."""
         # copies: another thread may be in the middle of a call
-        return sum(store.bytes for context in list(self.contexts.values()) for store in list(context.stores.values()))
+        return sum(store.held_bytes for context in list(self.contexts.values()) for store in list(context.stores.values()))
 
     def release(self) -> None:
         """Free everything stored."""
@@ -615,6 +615,10 @@ class Session:
         elif decision.skip and self.clock.is_unconfirmed(tick.context, step):
             self.counters.refuse("unconfirmed")
             decision = Decision(False, "unconfirmed")
+        elif decision.skip and self.options.schedule is None and self.clock.jumps_back(step):
+            # the sampler has added noise: what was stored before it says little of what follows
+            self.counters.refuse("restart")
+            decision = Decision(False, "restart")
         if not decision.skip:
             context.clock = 0.0
         self.counters.steps += 1
@@ -639,7 +643,8 @@ class Session:
         hits, skipped = 0, []
         # the first step computes whatever the strategy says
         for step in range(2, steps + 1):
-            hits = hits + 1 if self.strategy.decide(StepView(step, hits, steps, None, None, (), 0.0, None, None)).skip else 0
+            skips = self.strategy.decide(StepView(step, hits, steps, None, None, (), 0.0, None, None)).skip
+            hits = hits + 1 if skips and not self.clock.jumps_back(step) else 0
             skipped += [step] if hits else []
         if skipped:
             self.said.warn("few_steps_skipped", steps=steps, skipped=", ".join(map(str, skipped)))

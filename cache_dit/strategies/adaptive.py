@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..options import DEFAULT_SKIP_INTERVAL
 from .decision import Decision, StepView
 from .front_clock import guard, within_clock
-from .placement import PlacementRules, first_steps, place_steps, turns_back
+from .placement import PlacementRules, first_steps, place_steps
 
 DRIFT_BOUND = 10.0
 """Under a target speed-up: the clock at which a step computes out of turn, in tolerances."""
@@ -17,8 +17,6 @@ DRIFT_BOUND = 10.0
 @dataclass(frozen=True, slots=True)
 class PlacementStrategy:
     """Computes num_steps / target_speedup steps of a run, where `place_steps` puts them; the others are skipped.
-
-    The first step behind a jump back of the noise levels computes too.
 
     Where the number of steps is not known, and past it, one step of every target_speedup on average computes.
     `tolerance` only guards: a step also computes where the clock, looking ahead, exceeds `DRIFT_BOUND` tolerances.
@@ -30,7 +28,7 @@ class PlacementStrategy:
     def decide(self, view: StepView) -> Decision:
         if view.step <= self.rules.warmup_steps:
             return Decision(False, "warmup")
-        if self._is_placed(view) or (view.sigmas is not None and turns_back(view.sigmas, view.step)):
+        if self._is_placed(view):
             return Decision(False, "placement")
         longest = self.rules.max_consecutive_hits
         guarded = guard(view, self.rules.skip_interval or 1, math.inf if longest is None else longest)

@@ -20,6 +20,7 @@ Reason = Literal[
     "error_guard",  # computed: the last forecast missed too much of the residual
     "first_call",  # computed, by the runtime: the first step of a run
     "unconfirmed",  # computed, by the runtime: the second step of contexts that nobody names
+    "restart",  # computed, by the runtime: the listed noise levels go back to this step
     "no_timestep",  # computed, by the runtime: runs cannot be told apart
 ]
 """The stable keys behind a decision; statistics and logs count by them."""

@@ -99,15 +99,6 @@ def _residual_time(noise: float) -> float:
     return noise
 
 
-def turns_back(sigmas: Sequence[float], step: int) -> bool:
-    """Whether the noise level of a step, from 1, goes against the direction of the whole list: samplers that restart add
-    noise there, and what was stored before says little of what follows."""
-    if not 1 < step < len(sigmas) or sigmas[0] == sigmas[-1]:
-        return False
-    before, now = sigmas[step - 2], sigmas[step - 1]
-    return now != before and (now > before) != (sigmas[-1] > sigmas[0])
-
-
 @lru_cache(maxsize=64)
 def place_steps(
     rules: PlacementRules, num_steps: int, sigmas: tuple[float, ...] | None, corrected: bool

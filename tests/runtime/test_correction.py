@@ -252,6 +252,28 @@ def test_inputs_too_large_to_keep_are_not_kept(monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, plain, strict=True))
 
 
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+def test_what_is_kept_of_skipped_steps_is_counted(solver: str) -> None:
+    model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
+    cache_dit.new_run(model, sigmas=SIGMAS, solver=solver, prediction="flow")
+    residuals = 3 * models.BATCH * models.TOKENS * models.WIDTH * 8
+    output = models.BATCH * models.TOKENS * models.CHANNELS * 8
+    inputs = output + models.BATCH * 8
+    # at the computed steps: the copies of the newest inputs, and the deviations of this gap and of the one before
+    wanted = [0, inputs + output, 2 * (inputs + output), inputs + output, inputs + 2 * output, inputs + 2 * output]
+    # a solver with memory makes up for the last one at the next step, and that is another deviation
+    wanted[4] += output if solver == "dpmpp_2m" else 0
+    x, held = noise(), []
+    with torch.no_grad():
+        for sigma in SIGMAS[:-1]:
+            model(x.clone(), torch.full((models.BATCH,), sigma, dtype=x.dtype))
+            held.append(cache_dit.get_stats(model).cache_bytes - residuals)
+            assert cache_dit.explain(model).held_bytes == held[-1] + residuals
+    assert held == wanted
+    cache_dit.new_run(model)
+    assert cache_dit.get_stats(model).cache_bytes == residuals
+
+
 def test_under_bare_torch_compile_nothing_is_corrected() -> None:
     with pytest.warns(CacheDitWarning, match="only tensor of one graph"):
         model = tiny()

@@ -229,6 +229,48 @@ def test_no_more_steps_in_a_row_are_skipped_than_is_allowed() -> None:
     assert driven.hits(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2) == "01101101"
 
 
+# listed noise levels that go back at step 8
+RESTARTED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "fixed": {"skip_interval": 2},
+    "dynamic": {"strategy": "dynamic", "skip_interval": 2},
+    "clock": {"strategy": "adaptive", "skip_interval": 1},
+    "placement": {"strategy": "adaptive", "target_speedup": 4.0, "skip_interval": 1},
+    "part of a run": {"skip_interval": 2, "start_percent": 0.2},
+}
+
+
+@pytest.mark.parametrize("forecast", ["auto", "reuse", "lagrange"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_no_strategy_skips_where_the_sampler_has_added_noise(name: str, forecast: str) -> None:
+    options = {"schedule": None, "forecast": forecast, **STRATEGIES[name]}
+    front = options.get("strategy") == "adaptive"
+    driven = Driven(Graph(history=2, front=front), **options)
+    driven.graph.changes = [(0.001, 1.0)] * len(RESTARTED)
+    driven.session.new_run(None, [*RESTARTED, 0.0])
+    hits = driven.hits(*RESTARTED)
+    # without the jump it would have skipped there
+    assert driven.refused == {"restart": 1}
+    assert hits[7] == "0" and "1" in hits[:7] and "1" in hits[8:]
+    # what was stored before the jump is in no forecast behind it
+    weights = next(weights for computed, weights, _ in driven.graph.calls[8:] if not computed)
+    assert weights[1] == 0.0 or "0" in hits[8 : hits.index("1", 8)]
+
+
+def test_an_explicit_schedule_is_obeyed_where_the_sampler_has_added_noise() -> None:
+    driven = Driven(schedule="1111111011111")
+    driven.session.new_run(None, [*RESTARTED, 0.0])
+    assert driven.hits(*RESTARTED) == "0000000100000"
+    assert driven.refused == {}
+
+
+def test_a_short_run_names_the_steps_that_it_skips_and_not_the_one_behind_a_jump() -> None:
+    driven = Driven(schedule=None, skip_interval=1, warmup_steps=1, max_consecutive_hits=4)
+    driven.session.new_run(None, [0.9, 0.7, 0.8, 0.4, 0.0])
+    with pytest.warns(CacheDitWarning, match="will skip these: 2, 4\\."):
+        assert driven.hits(0.9, 0.7, 0.8, 0.4) == "0101"
+
+
 def test_unnamed_contexts_are_confirmed_before_anything_is_skipped() -> None:
     driven = Driven()
     prompts = torch.ones(2), torch.ones(2)

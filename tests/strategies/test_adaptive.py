@@ -21,7 +21,6 @@ from cache_dit.strategies.placement import (
     noise_levels,
     place_steps,
     residual_time,
-    turns_back,
 )
 from cache_dit.strategies.sigma import SigmaSpaced
 
@@ -371,12 +370,3 @@ def test_drift_computes_out_of_turn() -> None:
 def test_placement_without_a_measured_error_keeps_to_the_interval() -> None:
     decisions = simulate(adaptive(target_speedup=4.0, skip_interval=3), 20, num_steps=20)
     assert all(n % 3 == 0 for n, (skip, _) in enumerate(decisions, start=1) if skip)
-
-
-def test_a_jump_back_of_the_levels_computes() -> None:
-    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2, 0.5, 0.4, 0.3, 0.2, 0.12, 0.05, 0.0]
-    for levels in (sigmas, [1.0 - sigma for sigma in sigmas]):
-        decisions = simulate(adaptive(target_speedup=5.0), 11, errors=QUIET, sigmas=levels)
-        assert 6 in computed(decisions)
-    assert not turns_back(sigmas, 1)
-    assert not turns_back([1.0, 1.0, 0.5], 2)
