@@ -295,10 +295,11 @@ TEXTS: Final[dict[str, tuple[str, str]]] = {
         "Config",
     ),
     "comfy_out_of_memory": (
-        "没有足够的内存存放缓存，本模型照常计算\n解决方案: 在 CacheDit 高级配置 中把预测方法设为 reuse（adaptive 下还需把修正设为 off），"
-        "或减小图片或批量",
+        "没有足够的内存存放缓存，本模型照常计算\n"
+        "解决方案: 在 CacheDit 高级配置 中把预测方法设为 reuse（adaptive 下还需把修正设为 off），或减小图片或批量",
         "Not enough memory for the cache: the model computes as usual\n"
-        "Remedy: forecast reuse in CacheDit Advanced Config (under adaptive with correction off), or a smaller picture or batch",
+        "Remedy: forecast reuse in CacheDit Advanced Config (under adaptive with correction off too), or a smaller picture or "
+        "batch",
     ),
     "comfy_forward_replaced": (
         "另一个节点包替换了 {what} 的前向函数，因此本次未使用缓存\n解决方案: 移除该节点，或将其放在 CacheDiT 节点之后",
