@@ -14,6 +14,7 @@ from cache_dit.passes.graph_values import (
     is_removable,
     mutated_argument,
     name_of,
+    repeats,
     shape_key,
 )
 from torch import Tensor, fx, nn
@@ -185,3 +186,44 @@ def test_memory_is_told_under_a_transform_too() -> None:
 
     torch.vmap(look)(torch.randn(3, 4))
     assert seen == [True, False]
+
+
+class Once(nn.Module):
+    """Does something besides what it returns, or not."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("calls", torch.zeros(3))
+        self.held = torch.zeros(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "draws":
+            x = x + torch.randn_like(x)
+        elif self.kind == "counts in a buffer":
+            self.calls += 1.0
+        elif self.kind == "writes through a view of a buffer":
+            self.calls[:2].add_(1.0)
+        elif self.kind == "writes to a tensor that it holds":
+            self.held.mul_(2.0)
+        elif self.kind == "writes to its input":
+            x *= 2.0
+        elif self.kind == "writes to what it made":
+            x = (x + 1.0).mul_(2.0)
+        return x * 2.0 + self.calls
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("draws", False),
+        ("counts in a buffer", False),
+        ("writes through a view of a buffer", False),
+        ("writes to a tensor that it holds", False),
+        ("writes to its input", True),
+        ("writes to what it made", True),
+        ("nothing", True),
+    ],
+)
+def test_whether_a_graph_may_run_once_more(kind: str, expected: bool) -> None:
+    assert repeats(capture(Once(kind), torch.ones(2, 3))) is expected

@@ -294,3 +294,117 @@ def test_a_prompt_that_comes_again_is_copied_once_and_not_kept_alive() -> None:
     third = past.keep((prompt, weight, 7), [weight])
     assert third[0] is not first[0]
     assert float(first[0][0]) == 1.0
+
+
+class Scaled(nn.Module):
+    """The tiny model behind a timestep of its own unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.model(x, t * 3.0)  # type: ignore[no-any-return]
+
+
+class ScaledInPlace(Scaled):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t *= 3.0
+        return self.model(x, t)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_writes_to_its_inputs_is_corrected_as_one_that_does_not() -> None:
+    found = [sampled(cache_dit.enable_cache(kind(), correction=True, **OPTIONS))[0] for kind in (Scaled, ScaledInPlace)]
+    assert torch.equal(*found)
+
+
+class Noisy(Scaled):
+    """Draws random numbers in front of its blocks."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.model(x + 0.05 * torch.randn_like(x), t)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_cannot_be_run_once_more_is_left_alone() -> None:
+    found = []
+    for correction_wanted in (False, True):
+        torch.manual_seed(5)
+        model = cache_dit.enable_cache(Noisy(), correction=correction_wanted, **OPTIONS)
+        torch.manual_seed(7)
+        if correction_wanted:
+            with pytest.warns(CacheDitWarning, match="random numbers or writes to its own buffers"):
+                x, _ = sampled(model)
+        else:
+            x, _ = sampled(model)
+        found.append((x, torch.get_rng_state()))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+class Normed(Scaled):
+    """What the model gives is made of the blocks' output by code that is not traced."""
+
+    @torch.compiler.disable
+    def tail(self, v: Tensor) -> Tensor:
+        return v / v.square().mean(-1, keepdim=True).sqrt()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.tail(self.model(x, t))
+
+
+def test_an_output_that_is_not_the_graphs_is_left_alone() -> None:
+    without, _ = sampled(cache_dit.enable_cache(Normed(), correction=False, **OPTIONS))
+    with pytest.warns(CacheDitWarning, match="not the only tensor of one graph"):
+        found, _ = sampled(cache_dit.enable_cache(Normed(), correction=True, **OPTIONS))
+    assert torch.equal(found, without)
+
+
+def strict(gm: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+    """An inner compiler whose programs rely on the strides that they were compiled for, as inductor's do."""
+    wanted = [each.stride() if isinstance(each, Tensor) else None for each in examples]
+
+    def run(*args: Any) -> Any:
+        assert [each.stride() if isinstance(each, Tensor) else None for each in args] == wanted
+        return gm(*args)
+
+    return run
+
+
+@pytest.mark.parametrize("given", ["expanded", "sliced"])
+def test_inputs_of_another_layout_are_kept_in_it(given: str) -> None:
+    model = cache_dit.enable_cache(tiny(), correction=True, **{**OPTIONS, "inner": strict})
+    plain = cache_dit.enable_cache(tiny(), correction=True, **OPTIONS)
+    found = []
+    for each in (model, plain):
+        cache_dit.new_run(each, sigmas=SIGMAS, solver="euler", prediction="flow")
+        x = noise()
+        with torch.no_grad():
+            for i, sigma in enumerate(SIGMAS[:-1]):
+                level = torch.tensor(sigma, dtype=torch.float64)
+                wide = torch.cat([x, x], dim=2)[:, :, : x.shape[2]] if given == "sliced" and each is model else x
+                t = level.expand(len(x)) if given == "expanded" and each is model else level.repeat(len(x))
+                x = x + (SIGMAS[i + 1] - sigma) * each(wide, t)
+        assert cache_dit.get_stats(each).hits == PLAN.count("0")
+        found.append(x)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_timesteps_rounded_to_bfloat16_are_corrected_too() -> None:
+    """As pipelines in bfloat16 hand them over."""
+    steps = 28
+    sigmas = [3.0 * s / (1.0 + 2.0 * s) for s in (1.0 - n / steps for n in range(steps + 1))]
+    errors = []
+    for corrects in (False, True):
+        model, reference = tiny(), tiny()
+        options = {**OPTIONS, "schedule": None, "strategy": "adaptive", "target_speedup": 2.0}
+        cache_dit.enable_cache(model, correction=corrects, **options)
+        cache_dit.new_run(model, sigmas=sigmas, solver="euler", prediction="flow")
+        states = []
+        for each in (model, reference):
+            x = noise()
+            with torch.no_grad():
+                for i, sigma in enumerate(sigmas[:-1]):
+                    t = torch.full((len(x),), sigma).bfloat16().double()
+                    x = x + (sigmas[i + 1] - sigma) * each(x, t)
+            states.append(x)
+        errors.append(float((states[0] - states[1]).norm()))
+    assert errors[1] < 0.5 * errors[0]
