@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import logging
 import statistics
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from subjects import subject
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._inductor.compile_fx import compile_fx
 from variants import ALTERNATE
 
@@ -77,6 +79,7 @@ def measure(name: str, rounds: int) -> Layers:
     programs.reuse = layers.timed("reuse", programs.reuse)
     call.session.run = layers.timed("run", call.session.run)
     call._compiled = layers.timed("compiled", call._compiled)
+    guards = _guards(ours, measured.inputs(1))
     for step in range(2, 2 + 2 * rounds, 2):
         ours(**measured.inputs(step))
         given = measured.inputs(step + 1)
@@ -89,9 +92,27 @@ def measure(name: str, rounds: int) -> Layers:
         reuse, run, compiled = (layers.last[key] for key in ("reuse", "run", "compiled"))
         layers.note(skipped=total, skipped_kernels=reuse, its_guards_and_arguments=compiled - run)
         layers.note(its_session=run - reuse, its_brackets=total - compiled)
+        whole("plain", plain, given)
+        layers.note(guards_alone_behind_kernels=_milliseconds(guards), guards_alone_again_at_once=_milliseconds(guards))
     if cache_dit.get_stats(ours).hits < rounds:
         raise SystemExit("not every second step was skipped")
     return layers
+
+
+def _guards(model: torch.nn.Module, given: dict[str, Any]) -> Callable[[], object]:
+    """Dynamo's check of the guards of this model's frame, by itself."""
+    bound = inspect.signature(model.forward).bind(**given)
+    bound.apply_defaults()
+    values = {"self": model, **bound.arguments}
+    managers = [entry.guard_manager for entry in _debug_get_cache_entry_list(type(model).forward.__code__)]
+    manager = next(each for each in managers if each.check(values))
+    return lambda: manager.check(values)
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
 
 
 def main() -> None:
