@@ -227,10 +227,11 @@ class Session:
         self.end_run()
 
     def end_run(self) -> None:
-        """The next call begins a new run; nothing stored may be used in it."""
-        self.clock.end_run()
-        for context in self.contexts.values():
-            self._forget(context)
+        """The next call begins a new run; nothing stored may be used in it. A call of another thread ends first."""
+        with self.lock:
+            self.clock.end_run()
+            for context in self.contexts.values():
+                self._forget(context)
 
     def new_run(
         self,
