@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, TypeVar
@@ -282,7 +282,7 @@ def new_run(
     Args:
         model: a model with caching on.
         num_steps: number of steps of the run.
-        sigmas: its noise levels, one per step and the last.
+        sigmas: its noise levels, one per step and the last: ``num_steps`` + 1 where both are given.
         solver: name of the solver, such as ``'euler'``.
         prediction: what the model predicts: ``'flow'``, ``'epsilon'`` or ``'v'``.
 
@@ -292,6 +292,11 @@ def new_run(
     """
     steps = _checked_steps(num_steps)
     levels = _checked_levels(sigmas)
+    if steps is not None and levels is not None and len(levels) != steps + 1:
+        raise ValueError(
+            f"num_steps={steps} and {len(levels)} sigmas: {steps + 1} are wanted, one per step and the last"
+            " (mostly 0.0), or only one of the two arguments"
+        )
     if solver is not None and not isinstance(solver, str):
         raise TypeError(f"solver={solver!r}: a str is wanted")
     if prediction not in (None, "flow", "epsilon", "v"):
@@ -315,7 +320,9 @@ def _checked_levels(sigmas: Iterable[float] | None) -> tuple[float, ...] | None:
     if sigmas is None:
         return None
     try:
-        levels = tuple(float(sigma) for sigma in sigmas)
+        levels = tuple(map(_level, _in_order(sigmas)))
+    except OverflowError:
+        raise ValueError("sigmas: finite numbers are wanted, and one of them is too large for a float") from None
     except (TypeError, ValueError):
         raise TypeError(f"sigmas={reprlib.repr(sigmas)}: numbers are wanted, one per step and the last") from None
     if len(levels) < 2:
@@ -323,6 +330,20 @@ def _checked_levels(sigmas: Iterable[float] | None) -> tuple[float, ...] | None:
     if not all(map(math.isfinite, levels)):
         raise ValueError(f"sigmas={reprlib.repr(levels)}: finite numbers are wanted")
     return levels
+
+
+def _in_order(sigmas: Iterable[float]) -> Iterable[float]:
+    """The levels one by one. What has characters or no order holds none, though it can be gone through."""
+    if isinstance(sigmas, (str, bytes, bytearray, Set, Mapping)):
+        raise TypeError
+    return sigmas
+
+
+def _level(sigma: object) -> float:
+    # float() reads text too
+    if isinstance(sigma, (str, bytes, bytearray)):
+        raise TypeError
+    return float(sigma)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -186,11 +186,11 @@ _GLOBAL_NAME_OF: Final = {
 _global_config = GlobalConfig()
 
 
-def resolve_options(given: Mapping[str, object] | None = None) -> CacheOptions:
+def resolve_options(given: Mapping[str, object] | None = None, config: GlobalConfig | None = None) -> CacheOptions:
     """Return `given`, checked, with what it leaves out or gives as None filled in.
 
-    What is left out comes from the global configuration, else from the table's defaults; `warmup_steps` stays None
-    under the adaptive strategy, which then chooses.
+    What is left out comes from the global configuration (`config`; None: the one in force), else from the table's
+    defaults; `warmup_steps` stays None under the adaptive strategy, which then chooses.
 
     Raises:
         TypeError: an unknown option, or a value of a wrong type.
@@ -204,7 +204,7 @@ def resolve_options(given: Mapping[str, object] | None = None) -> CacheOptions:
         if name not in _RULES:
             raise TypeError(_unknown_option(name, value, language))
     chosen = {name: _checked(name, value, _RULES[name], language) for name, value in given.items() if value is not None}
-    filled = _global_values() | chosen
+    filled = _values_of(_global_config if config is None else config) | chosen
     if filled.get("strategy") in ("adaptive", *RULES):
         filled.setdefault("warmup_steps", None)
         if filled.get("target_speedup") is not None:
@@ -247,8 +247,13 @@ def reset_global_config() -> None:
     _global_config = GlobalConfig()
 
 
-def _global_values() -> dict[str, Any]:
-    values = {name: getattr(_global_config, global_name) for name, global_name in _GLOBAL_NAME_OF.items()}
+def chosen_names(given: Mapping[str, object]) -> set[str]:
+    """The options that `given` or the global configuration in force sets; the others take the table's defaults."""
+    return {name for name, value in given.items() if value is not None} | set(_values_of(_global_config))
+
+
+def _values_of(config: GlobalConfig) -> dict[str, Any]:
+    values = {name: getattr(config, global_name) for name, global_name in _GLOBAL_NAME_OF.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -567,7 +567,7 @@ ACTIONS: list[Callable[[Driver], object]] = [
     lambda d: cache_dit.enable_cache(d.model, no_such_option=1),
     lambda d: cache_dit.disable_cache(d.model),
     lambda d: cache_dit.new_run(d.model),
-    lambda d: cache_dit.new_run(d.model, num_steps=6, sigmas=[1.0, 0.5, 0.0]),
+    lambda d: cache_dit.new_run(d.model, num_steps=2, sigmas=[1.0, 0.5, 0.0]),
     lambda d: cache_dit.new_run(d.model, num_steps=-1),
     lambda d: cache_dit.summary(d.model),
     lambda d: cache_dit.get_stats(d.model),

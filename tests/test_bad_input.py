@@ -175,7 +175,16 @@ def test_a_positional_setting_is_refused(model: nn.Module) -> None:
         ({"num_steps": 2.5}, TypeError, "num_steps"),
         ({"sigmas": [1.0]}, ValueError, "sigmas"),
         ({"sigmas": 3}, TypeError, "sigmas"),
-        ({"sigmas": "high"}, (TypeError, ValueError), "sigmas"),
+        ({"sigmas": "high"}, TypeError, "sigmas"),
+        ({"sigmas": "12"}, TypeError, "sigmas"),
+        ({"sigmas": b"12"}, TypeError, "sigmas"),
+        ({"sigmas": ["1.0", "0.0"]}, TypeError, "sigmas"),
+        ({"sigmas": {1.0, 0.0}}, TypeError, "sigmas"),
+        ({"sigmas": {1.0: 0, 0.0: 1}}, TypeError, "sigmas"),
+        ({"sigmas": [10**400, 0]}, ValueError, "sigmas"),
+        ({"sigmas": [10**5000, 0]}, ValueError, "sigmas"),
+        ({"num_steps": 20, "sigmas": torch.linspace(1, 0.05, 20)}, ValueError, "num_steps=20 and 20 sigmas: 21 are wanted"),
+        ({"num_steps": 20, "sigmas": [1.0, 0.5, 0.0]}, ValueError, "num_steps=20 and 3 sigmas: 21 are wanted"),
         ({"sigmas": [1.0, None]}, TypeError, "sigmas"),
         ({"sigmas": [1.0, math.nan]}, ValueError, "sigmas"),
         ({"solver": 2}, TypeError, "solver"),
@@ -195,7 +204,15 @@ def test_a_wrong_run_is_refused_and_the_run_goes_on(
     assert (cache_dit.get_stats(model).hits, cache_dit.get_stats(model).runs) == (1, 1)
 
 
-@pytest.mark.parametrize("arguments", [{"num_steps": np.int64(8)}, {"sigmas": torch.linspace(1, 0, 9)}, {"sigmas": np.ones(3)}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_steps": np.int64(8)},
+        {"sigmas": torch.linspace(1, 0, 9)},
+        {"sigmas": np.ones(3)},
+        {"num_steps": 8, "sigmas": torch.linspace(1, 0, 9)},
+    ],
+)
 def test_numbers_of_other_libraries_are_numbers(model: nn.Module, arguments: dict[str, Any]) -> None:
     cache_dit.enable_cache(model, **EAGER)
     cache_dit.new_run(model, **arguments)

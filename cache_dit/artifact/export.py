@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..graph_report import GraphReport, describe_region
 from ..integrations.targets import denoisers_of
 from ..lowering.specialize import specialized_graph
 from ..messages import announce
-from ..options import CacheOptions, ProgramOptions, resolve_options
+from ..options import CacheOptions, ProgramOptions, chosen_names, resolve_options
 from ..passes.graph_values import example_of, repeats
 from ..runtime.program import time_names
 from ..texts import text
@@ -67,7 +67,7 @@ def export(
         ValueError, TypeError: a wrong option or argument.
         CacheDitError: the model cannot be traced as one graph, or nothing in it could be cached.
     """
-    resolved = resolve_options(options)
+    resolved, chosen = resolve_options(options), chosen_names(options)
     language = resolved.language
     target = Path(path)
     if target.suffix != ".pt2":
@@ -86,7 +86,7 @@ def export(
             traced = trace_for_export(module, arguments.values, shapes)
         except Exception as error:
             raise CacheDitError(text("export_untraced", language, why=_first_line(error))) from error
-        files, content = _compile(traced, arguments, module, resolved)
+        files, content = _compile(traced, arguments, module, resolved, chosen)
     _write(target, files, content)
     return target
 
@@ -134,7 +134,7 @@ def _shapes_by_name(
 
 
 def _compile(
-    traced: fx.GraphModule, arguments: _Arguments, module: torch.nn.Module, options: CacheOptions
+    traced: fx.GraphModule, arguments: _Arguments, module: torch.nn.Module, options: CacheOptions, chosen: Collection[str]
 ) -> tuple[dict[str, list[Any]], Manifest]:
     """Both programs and the manifest of a traced model."""
     language, program = options.language, options.program()
@@ -164,7 +164,7 @@ def _compile(
             torch=torch.__version__,
             device=inputs.device.type,
             machine=manifests.machine_of(inputs.device.type),
-            options=manifests.options_as_data(options),
+            options=manifests.options_as_data(options, chosen),
             parameters=arguments.parameters,
             names=tuple(arguments.values),
             spec=pytree.treespec_dumps(pytree.tree_structure(list(arguments.values.values()))),

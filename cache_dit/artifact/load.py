@@ -15,7 +15,7 @@ import torch
 
 from ..errors import CacheDitError
 from ..graph_report import GraphReport
-from ..options import CacheOptions, resolve_options
+from ..options import CacheOptions, GlobalConfig, global_config, resolve_options
 from ..passes.insert_cache_branch import CacheInputs
 from ..passes.residual_math import statistics_length
 from ..runtime.buffers import Dynamic, Sizes
@@ -93,8 +93,10 @@ def _check_machine(content: Manifest, language: str | None) -> None:
 
 
 def _options(content: Manifest, given: Mapping[str, Any], language: str | None) -> CacheOptions:
-    wanted = resolve_options({**content.options, **given})
-    made, asked = resolve_options(content.options).program(), wanted.program()
+    # what was in force at the export is in the file: of this process's configuration only how much is said
+    config = GlobalConfig(global_debug=global_config().global_debug)
+    wanted = resolve_options({**content.options, **given}, config)
+    made, asked = resolve_options(content.options, config).program(), wanted.program()
     baked = [
         name
         for name in ("front_blocks", "back_blocks", "residual_dtype", "residual_device", "region", "lowering", "inner")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -56,7 +56,7 @@ class Manifest:
     Attributes:
         torch: version of torch that compiled the programs.
         device, machine: type of the device, and what torch says of it (instruction set, compute capability).
-        options: options of the export, without what is None.
+        options: options of the export, without what is None and without defaults that follow from other options.
         parameters: names of the model's parameters in order, as far as they can be given by place.
         names, spec: names of the arguments, and the structure of their values.
         inputs: leaves of the arguments.
@@ -186,14 +186,19 @@ def dtype_of(name: str) -> torch.dtype:
 
 # Compiled into the programs, or of no use to a loader.
 _NOT_KEPT = ("inner_options", "language", "debug", "strict", "group")
+# Their defaults follow from other options, which a loader may change: kept where they were chosen.
+_KEPT_IF_CHOSEN = ("skip_interval", "warmup_steps")
 
 
-def options_as_data(options: CacheOptions) -> dict[str, Any]:
-    """The options that an artifact remembers, in the form in which they can be given again."""
+def options_as_data(options: CacheOptions, chosen: Collection[str]) -> dict[str, Any]:
+    """The options that an artifact remembers, in the form in which they can be given again.
+
+    ``chosen``: names of those that the user set; what is not among them is a default.
+    """
     found: dict[str, Any] = {}
     for each in fields(options):
         value = getattr(options, each.name)
-        if value is None or each.name in _NOT_KEPT:
+        if value is None or each.name in _NOT_KEPT or (each.name in _KEPT_IF_CHOSEN and each.name not in chosen):
             continue
         if isinstance(value, torch.dtype):
             value = dtype_name(value)

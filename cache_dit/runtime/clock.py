@@ -1,7 +1,8 @@
 """The step clock: which run, which context and which step a call of the model is.
 
 A run is one sampling. A context is one of the model's parts in a step (positive, negative prompt). A step counts the
-evaluations of the model in one context, from 1 in each run.
+evaluations of the model in one context, from 1 in each run; a named one that begins late, or was left out for some steps
+(guidance within a part of the run), is at the step of the contexts that went on.
 """
 
 from __future__ import annotations
@@ -57,12 +58,16 @@ class Tick(NamedTuple):
 
 @dataclass(slots=True)
 class _Course:
-    """The course of one run's timesteps, as one context (or the unnamed calls together) sees it."""
+    """The course of one run's timesteps, as one context (or the unnamed calls together) sees it.
+
+    ``made``: of each step the timestep, and the number of the call that began it among all calls of the model.
+    """
 
     run: int
     first: float | None
     last: float | None = None
     direction: int = 0
+    made: dict[int, tuple[float, int]] = field(default_factory=dict)
 
     def returns(self, time: float | None, jumps: Jumps) -> bool:
         """Whether the timestep goes against the direction of the run's first two distinct ones, and was not to do so."""
@@ -80,6 +85,17 @@ class _Course:
         if self.first is None:
             self.first = time
         self.last = time
+
+    def note(self, step: int, time: float | None, call: int) -> None:
+        """A step was begun."""
+        if time is not None:
+            self.made[step] = time, call
+
+    def exceeded_by(self, time: float) -> bool:
+        """Whether a timestep lies beyond the last one."""
+        if self.last is None or self.direction == 0 or time == self.last:
+            return False
+        return (time > self.last) == (self.direction > 0)
 
 
 @dataclass(slots=True)
@@ -111,8 +127,27 @@ class _Unnamed:
 
 @dataclass(slots=True)
 class _Named:
+    """``placed``: whether there was anything to tell the step of its first call by, or it is past."""
+
     course: _Course
     step: int = 0
+    placed: bool = False
+
+    def went_along(self, other: _Course) -> bool:
+        """Whether its last call shared step and timestep with another context, which has gone on to the next step since."""
+        mine, theirs, next_one = self.course.made.get(self.step), other.made.get(self.step), other.made.get(self.step + 1)
+        if mine is None or theirs is None or next_one is None:
+            return False
+        return mine[0] == theirs[0] and next_one[1] > mine[1]
+
+    def went_first(self, other: _Course) -> bool:
+        """Whether it was the first of the two to make that step."""
+        return self.course.made[self.step][1] < other.made[self.step][1]
+
+    def agreed_before(self, other: _Course) -> bool:
+        """Whether they shared an earlier step and its timestep, too."""
+        earlier = ((step, time) for step, (time, _) in self.course.made.items() if step < self.step)
+        return any(step in other.made and other.made[step][0] == time for step, time in earlier)
 
 
 @dataclass(slots=True)
@@ -128,6 +163,7 @@ class StepClock:
     _jumps: Jumps = ()
     _unnamed: _Unnamed | None = None
     _named: dict[str, _Named] = field(default_factory=dict)
+    _calls: int = 0
 
     def new_run(
         self,
@@ -186,6 +222,7 @@ class StepClock:
 
     def tick(self, time: float | None, name: str | None = None) -> Tick:
         """Count one call at timestep ``time`` (None: unknown) in the context ``name`` (None: told by the pattern)."""
+        self._calls += 1
         return self._tick_unnamed(time) if name is None else self._tick_named(time, name)
 
     def begin_anew(self, time: float | None) -> Tick:
@@ -201,17 +238,87 @@ class StepClock:
 
     def _tick_named(self, time: float | None, name: str) -> Tick:
         state = self._named.get(name)
-        again = state is not None and (
-            (state.course.last == state.course.first == time and time is not None)
-            or _has_no_order(time)
-            or _has_no_order(state.course.last)
-        )
-        if state is None or again or state.course.returns(time, self._jumps):
+        moved = state is not None and not state.placed and self._place_first_call(state)
+        left = state is None or (time is not None and self._was_left_behind(state, time))
+        absent = state is not None and not left and self._catches_up(state, time)
+        begins = state is None or left or (not absent and self._begins_anew(state, time))
+        if state is None or begins:
             state = _Named(_Course(self._run_for(state.course.run if state is not None else None), time))
             self._named[name] = state
+            self._place_newcomer(state, time)
         state.step += 1
         state.course.advance(time)
-        return Tick(state.course.run, name, state.step, state.step == 1, False)
+        state.course.note(state.step, time, self._calls)
+        return Tick(state.course.run, name, state.step, begins or absent or moved, False)
+
+    def _begins_anew(self, state: _Named, time: float | None) -> bool:
+        """Whether a call begins another run in its context."""
+        course = state.course
+        if _has_no_order(time) or _has_no_order(course.last):
+            return True
+        if time is None:
+            return False
+        if course.last == course.first == time:
+            # but not where the sampler evaluates twice at the timestep at which this context begins
+            return not any(other.last == time and state.went_along(other) for _, other in self._others(state))
+        if course.direction == 0:
+            # after a single call the others know it
+            course.direction = next((other.direction for _, other in self._others(state) if other.direction), 0)
+        return course.returns(time, self._jumps)
+
+    def _was_left_behind(self, state: _Named, time: float) -> bool:
+        """Whether a later run, begun since this context's last call, is at this timestep."""
+        _, last = state.course.made.get(state.step, (None, 0))
+        later = [other.course for other in self._named.values() if other.course.run > state.course.run]
+        return any(each.last == time and min(call for _, call in each.made.values()) > last for each in later if each.made)
+
+    def _others(self, state: _Named) -> list[tuple[int, _Course]]:
+        """Step and course of the other contexts of its run, the furthest first."""
+        found = [(other.step, other.course) for other in self._named.values() if other is not state]
+        if self._unnamed is not None:
+            found.append((self._unnamed.step, self._unnamed.course))
+        return sorted((each for each in found if each[1].run == state.course.run), key=lambda each: -each[0])
+
+    def _place_newcomer(self, state: _Named, time: float | None) -> None:
+        """A context that begins at the timestep another one is at, is at its step."""
+        for step, course in self._others(state):
+            if time is not None and course.last == time:
+                state.step, state.placed = step - 1, True
+                return
+
+    def _catches_up(self, state: _Named, time: float | None) -> bool:
+        """Whether this context was left out while others of its run went on; it is then put behind the steps they have made.
+
+        Other generations may share the run, with timesteps of their own: only contexts count that were at its last call's
+        step and timestep, and went on from there.
+        """
+        if time is None or _has_no_order(time):
+            return False
+        for step, course in self._others(state):
+            if not state.went_along(course):
+                continue
+            if course.last == time and step > state.step + 1:
+                state.step = step - 1
+                return True
+            # the first to make its step, as before; a single step in common may be chance
+            if course.exceeded_by(time) and state.went_first(course) and state.agreed_before(course):
+                state.step = step
+                return True
+        return False
+
+    def _place_first_call(self, state: _Named) -> bool:
+        """A context that was the first to make its step learns from who came next which step of the run that was."""
+        state.placed = True
+        made = state.course.made.get(state.step)
+        if made is None:
+            return False
+        for _, course in self._others(state):
+            for step, (time, call) in course.made.items():
+                if step > state.step and time == made[0] and call > made[1]:
+                    state.step = step
+                    state.course.made[step] = made
+                    return True
+        return False
 
     def _run_for(self, last: int | None) -> int:
         """The run a context (re)starts in: the session's newest, unless the context was in that one already."""
@@ -250,6 +357,7 @@ class StepClock:
         elif not self._named:
             self.run += 1
         self._unnamed = _Unnamed(_Course(self.run, time, time), count=1, settled=time is None, partial=partial)
+        self._unnamed.course.note(1, time, self._calls)
         return Tick(self.run, 1, 1, True, broke)
 
     def _another_context(self, state: _Unnamed, time: float) -> Tick:
@@ -261,6 +369,7 @@ class StepClock:
     def _next_in_turn(self, state: _Unnamed, time: float | None) -> Tick:
         if state.turn == 0:
             state.step += 1
+            state.course.note(state.step, time, self._calls)
         state.course.advance(time)
         context = state.turn + 1
         state.turn = (state.turn + 1) % state.count

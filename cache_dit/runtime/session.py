@@ -227,10 +227,11 @@ class Session:
         self.end_run()
 
     def end_run(self) -> None:
-        """The next call begins a new run; nothing stored may be used in it."""
-        self.clock.end_run()
-        for context in self.contexts.values():
-            self._forget(context)
+        """The next call begins a new run; nothing stored may be used in it. A call of another thread ends first."""
+        with self.lock:
+            self.clock.end_run()
+            for context in self.contexts.values():
+                self._forget(context)
 
     def new_run(
         self,
@@ -571,7 +572,7 @@ class Session:
             self.said.warn("no_timestep")
             forward.decision = Decision(False, "no_timestep")
         else:
-            forward.decision = self._decision_of(tick, forward, context, store)
+            forward.decision = self._decision_of(tick, context, store)
         forward.reason = forward.decision.reason
 
     def _note_run(self, run: int) -> None:
@@ -586,7 +587,7 @@ class Session:
         self._corrector.begin_run(self.clock, sees_whole_calls=self.owns_calls)
         self._said_about_run()
 
-    def _decision_of(self, tick: Tick, forward: Forward, context: Context, store: ResidualStore) -> Decision:
+    def _decision_of(self, tick: Tick, context: Context, store: ResidualStore) -> Decision:
         step, decisions = tick.step, self._decisions[tick.run]
         known = decisions.get(step)
         if known is not None:
@@ -599,7 +600,6 @@ class Session:
             consecutive_hits=hits_before,
             num_steps=self.clock.num_steps,
             sigmas=self.clock.sigmas,
-            time=forward.time,
             stored=store.points,
             clock=context.clock,
             last_increment=context.last_increment,
@@ -643,7 +643,7 @@ class Session:
         hits, skipped = 0, []
         # the first step computes whatever the strategy says
         for step in range(2, steps + 1):
-            skips = self.strategy.decide(StepView(step, hits, steps, None, None, (), 0.0, None, None)).skip
+            skips = self.strategy.decide(StepView(step, hits, steps, None, (), 0.0, None, None)).skip
             hits = hits + 1 if skips and not self.clock.jumps_back(step) else 0
             skipped += [step] if hits else []
         if skipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
@@ -15,10 +16,10 @@ class CallTimer:
     """Times calls and books them as computed or reused, never making the host wait for a device.
 
     On a CPU the host's clock is the measure. On a device that queues work two events bracket the call; they are read
-    once they have passed.
+    once they have passed. Calls may be collected or forgotten by another thread than the one that makes them.
     """
 
-    __slots__ = ("_counters", "_device", "_open", "_pending", "_start", "booked")
+    __slots__ = ("_counters", "_device", "_lock", "_open", "_pending", "_start", "booked")
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
@@ -26,6 +27,8 @@ class CallTimer:
         self._pending: deque[tuple[torch.Event, torch.Event, bool]] = deque()
         self._open: torch.Event | None = None
         self._start = 0.0
+        # its own, and held for nothing that waits: statistics are read while a call is under way
+        self._lock = threading.RLock()
         # told of the seconds of each call, in the order of the calls
         self.booked: Callable[[float], None] | None = None
 
@@ -40,8 +43,9 @@ class CallTimer:
         """Begin a call."""
         self._start = perf_counter()
         if self._device is not None:
-            self._open = torch.Event(self._device, enable_timing=True)
-            self._open.record()
+            begin = torch.Event(self._device, enable_timing=True)
+            begin.record()
+            self._open = begin
 
     def elapsed(self) -> float:
         """Seconds since the call began, on the host's clock."""
@@ -49,13 +53,14 @@ class CallTimer:
 
     def book(self, reused: bool) -> None:
         """End a call."""
-        if self._open is None:
+        # taken out at once: another thread may forget it at any time
+        begin, self._open = self._open, None
+        if begin is None:
             self._add(perf_counter() - self._start, reused)
             return
         end = torch.Event(self._device, enable_timing=True)
         end.record()
-        self._pending.append((self._open, end, reused))
-        self._open = None
+        self._pending.append((begin, end, reused))
         self.collect()
 
     def discard(self) -> None:
@@ -65,20 +70,23 @@ class CallTimer:
     def reset(self) -> None:
         """Forget every call that has not been booked yet."""
         self._open = None
-        self._pending.clear()
+        with self._lock:
+            self._pending.clear()
 
     def collect(self) -> None:
         """Book the calls whose events have passed."""
-        while self._pending and self._pending[0][1].query():
-            begin, end, reused = self._pending.popleft()
-            self._add(begin.elapsed_time(end) / 1e3, reused)
+        with self._lock:
+            while self._pending and self._pending[0][1].query():
+                begin, end, reused = self._pending.popleft()
+                self._add(begin.elapsed_time(end) / 1e3, reused)
 
     def _add(self, seconds: float, reused: bool) -> None:
-        if self.booked is not None:
-            self.booked(seconds)
-        if reused:
-            self._counters.reuse_calls_timed += 1
-            self._counters.reuse_seconds += seconds
-        else:
-            self._counters.compute_calls_timed += 1
-            self._counters.compute_seconds += seconds
+        with self._lock:
+            if self.booked is not None:
+                self.booked(seconds)
+            if reused:
+                self._counters.reuse_calls_timed += 1
+                self._counters.reuse_seconds += seconds
+            else:
+                self._counters.compute_calls_timed += 1
+                self._counters.compute_seconds += seconds

@@ -38,8 +38,6 @@ class StepView:
     """The steps of this run; None where they are not known."""
     sigmas: Sequence[float] | None
     """The run's noise levels, one per step and the last; None where they are not known."""
-    time: float | None
-    """This step's sigma or timestep."""
     stored: Sequence[Point]
     """The points of the stored residuals of the deciding context, newest first."""
     clock: float

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import cache_dit
-from cache_dit.artifact.load import Artifact
+from cache_dit.artifact.load import Artifact, _options
+from cache_dit.artifact.manifest import options_as_data
 from cache_dit.messages import CacheDitWarning
+from cache_dit.options import chosen_names, reset_global_config, resolve_options
+from cache_dit.runtime.registry import session_of_module
 from cache_dit.texts import TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -452,6 +455,73 @@ def test_options_that_were_compiled_in_cannot_change(path: Path, options: dict[s
         cache_dit.load(path, language="en", **options)
     with pytest.raises(TypeError):
         cache_dit.load(path, no_option=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{"target_speedup": 3.0}, {"strategy": "fixed"}, {"strategy": "adaptive", "warmup_steps": 1}])
+def test_loading_with_options_is_exporting_with_them(path: Path, given: dict[str, Any]) -> None:
+    wanted = resolve_options({**OPTIONS, "noise_scale": 0.001, "strategy": "adaptive", **given, "language": None})
+    session = session_of_module(cache_dit.load(path, **given))
+    assert session is not None and session.options == wanted
+
+
+# ---- what of the options a file keeps: nothing is compiled -----------------------------------------------------------
+
+
+@pytest.fixture
+def defaults() -> Iterator[None]:
+    reset_global_config()
+    yield
+    reset_global_config()
+
+
+class Kept(NamedTuple):
+    """What of a manifest tells the options."""
+
+    options: dict[str, Any]
+    history: int = 4
+
+
+def kept(**options: Any) -> Any:
+    return Kept(json.loads(json.dumps(options_as_data(resolve_options(options), chosen_names(options)))))
+
+
+@pytest.mark.usefixtures("defaults")
+@pytest.mark.parametrize("made", [{}, {"skip_interval": 3}, {"warmup_steps": 3, "skip_interval": None}, {"tolerance": 0.3}])
+@pytest.mark.parametrize("exported", ["adaptive", "front_clock"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"target_speedup": 3.0},
+        {"strategy": "adaptive", "target_speedup": 3.0},
+        {"strategy": "fixed"},
+        {"strategy": "sigma"},
+        {"strategy": "dynamic", "skip_interval": 2},
+    ],
+)
+def test_defaults_follow_from_what_is_asked_for_at_load(made: dict[str, Any], exported: str, given: dict[str, Any]) -> None:
+    """Not from what was exported: what `enable_cache` would make of all that was given."""
+    made = {**made, "strategy": exported}
+    assert _options(kept(**made), given, None) == resolve_options({**made, **given})
+
+
+@pytest.mark.usefixtures("defaults")
+def test_the_configuration_of_the_export_holds_and_not_that_of_the_loader() -> None:
+    cache_dit.set_global_config(default_skip_interval=5, default_strategy="adaptive")
+    file = kept()
+    cache_dit.set_global_config(
+        default_skip_interval=7, default_warmup_steps=9, default_strategy="fixed", global_debug=True
+    )
+    loaded = _options(file, {}, None)
+    assert (loaded.strategy, loaded.skip_interval, loaded.warmup_steps, loaded.debug) == ("adaptive", 5, None, True)
+
+
+@pytest.mark.usefixtures("defaults")
+def test_files_that_name_every_default_are_read_as_they_were() -> None:
+    file: Any = Kept({"strategy": "fixed", "skip_interval": 2, "warmup_steps": 3})
+    assert _options(file, {}, None) == resolve_options({})
+    assert _options(file, {"warmup_steps": 1}, None) == resolve_options({"warmup_steps": 1})
 
 
 # ---- models that cannot be exported: nothing is compiled -------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import cache_dit
 from cache_dit.messages import CacheDitWarning
+from cache_dit.runtime.operands import CacheOperands
 from cache_dit.runtime.registry import sessions_of
 
 from ..reference import EagerCache
@@ -191,6 +193,28 @@ def test_a_transformer_enabled_by_itself_hears_its_pipeline(pipeline: Any) -> No
         torch.testing.assert_close(sample(pipeline), wanted, rtol=1e-5, atol=1e-6)
     assert list(sessions_of(pipeline.transformer)[0].contexts) == ["cond", "uncond"]
     assert cache_dit.get_stats(pipeline).hits == 12
+
+
+def test_another_pipelines_end_waits_for_the_call_under_way(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pipelines may share a transformer: one that is done in its thread empties no store that a call is reading."""
+    transformer = pipeline.transformer
+    cache_dit.enable_cache(pipeline, **EXACT)
+    wanted = sample(pipeline)
+    make, others = CacheOperands.make, []
+
+    def end_meanwhile(self: CacheOperands, *args: Any, skip: bool, **kwargs: Any) -> Any:
+        if skip and not others:
+            others.append(threading.Thread(target=transformer._diffusers_hook.reset_stateful_hooks, daemon=True))
+            others[0].start()
+            others[0].join(0.2)
+            assert others[0].is_alive()
+        return make(self, *args, skip=skip, **kwargs)
+
+    monkeypatch.setattr(CacheOperands, "make", end_meanwhile)
+    found = sample(pipeline)
+    others[0].join(60)
+    assert not others[0].is_alive() and torch.isfinite(found).all() and found.shape == wanted.shape
+    assert torch.equal(sample(pipeline), wanted)
 
 
 def test_a_compiled_transformer_in_a_pipeline_is_cached(pipeline: Any) -> None:

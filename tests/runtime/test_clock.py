@@ -126,8 +126,53 @@ def test_the_same_timestep_forever_never_reuses_and_does_not_grow() -> None:
         ),
         pytest.param(
             [(9, "a"), (8, "a"), (8, "b"), (7, "a"), (7, "b"), (6, "a")],
-            "1.a.1* 1.a.2 1.b.1* 1.a.3 1.b.2 1.a.4",
+            "1.a.1* 1.a.2 1.b.2* 1.a.3 1.b.3 1.a.4",
             id="guidance in the middle of the run",
+        ),
+        pytest.param(
+            [(9, "a"), (8, "b"), (8, "a"), (7, "b"), (7, "a"), (6, "b"), (6, "a")],
+            "1.a.1* 1.b.1* 1.a.2 1.b.3* 1.a.3 1.b.4 1.a.4",
+            id="guidance in the middle of the run, by the first call of a step: its second call tells its place",
+        ),
+        pytest.param(
+            [(9, "a"), (9, "b"), (8, "a"), (7, "a"), (7, "b"), (6, "a"), (6, "b"), (5, "a"), (4, "a"), (4, "b")],
+            "1.a.1* 1.b.1* 1.a.2 1.a.3 1.b.3* 1.a.4 1.b.4 1.a.5 1.a.6 1.b.6*",
+            id="guidance that pauses",
+        ),
+        pytest.param(
+            [(9, "b"), (9, "a"), (8, "b"), (8, "a"), (7, "a"), (6, "b"), (6, "a"), (5, "b")],
+            "1.b.1* 1.a.1* 1.b.2 1.a.2 1.a.3 1.b.4* 1.a.4 1.b.5",
+            id="guidance that pauses, the first call of a step",
+        ),
+        pytest.param(
+            [(9, "a"), (8, "a"), (8, "b"), (8, "a"), (8, "b"), (7, "a"), (7, "b")],
+            "1.a.1* 1.a.2 1.b.2* 1.a.3 1.b.3 1.a.4 1.b.4",
+            id="guidance begins in a step of Heun's",
+        ),
+        pytest.param(
+            [(9, "a"), (8, "b"), (8, "a"), (9, "b"), (9, "a"), (8, "b"), (8, "a")],
+            "1.a.1* 1.b.1* 1.a.2 2.b.1* 2.a.1* 2.b.2 2.a.2",
+            id="cut in the step in which guidance begins, and guided from the first step on",
+        ),
+        pytest.param(
+            [(9, "a"), (9, "b"), (8, "a"), (7, "a"), (9, "a"), (8, "a"), (8, "b"), (7, "a"), (7, "b")],
+            "1.a.1* 1.b.1* 1.a.2 1.a.3 2.a.1* 2.a.2 2.b.2* 2.a.3 2.b.3",
+            id="the next run begins guidance later than the last one ended it",
+        ),
+        pytest.param(
+            [(9, "a"), (8, "a"), (7, "a"), (6, "a"), (9, "b"), (8, "b"), (7, "b"), (6, "b")],
+            "1.a.1* 1.a.2 1.a.3 1.a.4 1.b.1* 1.b.2 1.b.3 1.b.4",
+            id="one context after the other",
+        ),
+        pytest.param(
+            [(9, "a"), (8, "a"), (9, "b"), (8, "b"), (7, "a"), (6, "a"), (7, "b"), (6, "b")],
+            "1.a.1* 1.a.2 1.b.1* 1.b.2 1.a.3 1.a.4 1.b.3 1.b.4",
+            id="one context after the other, two steps at a time",
+        ),
+        pytest.param(
+            [(9, "a"), (9, "b"), (8.5, "a"), (8, "b"), (8, "a"), (7, "b"), (7.5, "a"), (6, "b")],
+            "1.a.1* 1.b.1* 1.a.2 1.b.2 1.a.3 1.b.3 1.a.4 1.b.4",
+            id="generations in turns, one of half as many steps",
         ),
         pytest.param(
             [(9, "a"), (9, "b"), (8, "a"), (8, "b"), (9, "a"), (9, "b"), (8, "b")],
@@ -347,6 +392,71 @@ def test_named_contexts_survive_a_cut_in_the_first_step_too(
         for index, tick in enumerate(ticked(clock, calls[:cut])):
             context, step = place(index, k, True)
             assert (tick.context, tick.step, tick.fresh) == (context, step, step == 1)
+
+
+@st.composite
+def guided(draw: st.DrawFn, steps: int, least: int) -> set[int]:
+    """Steps, from 1, of a context that is left out at others: stretches of ``least`` steps and more."""
+    wanted = draw(st.lists(st.booleans(), min_size=steps, max_size=steps))
+    stretches = [(n, n + least) for n, begins in enumerate(wanted, start=1) if begins and n + least - 1 <= steps]
+    return {n for begin, end in stretches for n in range(begin, end)}
+
+
+def sampling(steps: Sequence[float], parts: dict[str, set[int]], order: Sequence[str]) -> list[tuple[tuple[float, str], int]]:
+    """The calls of a run, each with the sampler's step; contexts that are not among the parts are called at all of them."""
+    return [
+        ((time, name), n) for n, time in enumerate(steps, start=1) for name in order if n in parts.get(name, {n})
+    ]
+
+
+@given(st.lists(times, min_size=1, max_size=3), st.booleans(), st.integers(1, 2), st.data())
+def test_contexts_that_come_late_or_pause_are_at_the_step_of_the_one_that_goes_on(
+    sequence: list[list[float]], mirrored: bool, guidances: int, data: st.DataObject
+) -> None:
+    """What is stored is used where the step before was called in the same run, and nowhere else."""
+    clock = StepClock()
+    names = [f"guidance {n}" for n in range(guidances)]
+    for number, later in enumerate(sequence, start=1):
+        steps = [-time if mirrored else time for time in (FIRST, *later)]
+        parts = {name: data.draw(guided(len(steps), 1)) for name in names}
+        for (time, name), n in sampling(steps, parts, ["cond", *names]):
+            fresh = n == 1 or n - 1 not in parts.get(name, {n - 1})
+            assert clock.tick(time, name) == Tick(number, name, n, fresh, False)
+
+
+@given(times, st.booleans(), st.data())
+def test_a_context_that_pauses_and_is_the_first_to_make_its_step_uses_nothing_from_before(
+    later: list[float], mirrored: bool, data: st.DataObject
+) -> None:
+    steps = [-time if mirrored else time for time in (FIRST, *later)]
+    parts = {"uncond": data.draw(guided(len(steps), 2))}
+    clock = StepClock()
+    for (time, name), n in sampling(steps, parts, ["uncond", "cond"]):
+        tick = clock.tick(time, name)
+        entered = name == "uncond" and n == min(parts["uncond"])
+        # who comes first has nobody to tell its step by, until the next call
+        assert tick.step == (1 if entered else n)
+        assert tick.fresh or n - 1 in parts.get(name, {n - 1})
+        assert tick.fresh == (n == 1) or name == "uncond"
+
+
+@given(times, times, st.booleans(), st.data())
+def test_generations_that_take_turns_count_their_own_steps(
+    first: list[float], second: list[float], same: bool, data: st.DataObject
+) -> None:
+    """In any turns where they have the same timesteps, else in fair ones: some unfair ones look like guidance that pauses."""
+    runs = {"first": [FIRST, *first], "second": [FIRST, *(first if same else second)]}
+    clock, made = StepClock(), {"first": 0, "second": 0}
+    if same:
+        turns = data.draw(st.permutations([name for name, steps in runs.items() for _ in steps]))
+    else:
+        length = min(map(len, runs.values()))
+        turns = ["first", "second"] * length
+    for name in turns:
+        time = runs[name][made[name]]
+        made[name] += 1
+        tick = clock.tick(time, name)
+        assert (tick.context, tick.step, tick.fresh) == (name, made[name], made[name] == 1)
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=8), st.integers(1, 3))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -224,6 +226,36 @@ def test_contexts_are_corrected_each_on_its_own() -> None:
             with cache_dit.context(model, "two"):
                 other, _ = advance(i, other, model(other, t), None)
     torch.testing.assert_close(x, alone, rtol=0.0, atol=0.0)
+
+
+def euler_of(model: nn.Module, start: int, joins: Callable[[int], list[str]]) -> Tensor:
+    """The last state of a generation from a step on, as the context 'late'; 'all' is another one, of every step."""
+    x, other = noise(), noise().flip(0) * 0.5
+    with torch.no_grad():
+        for i, (sigma, following) in enumerate(pairwise(SIGMAS)):
+            t = torch.full((models.BATCH,), sigma, dtype=x.dtype)
+            for name in joins(i):
+                with cache_dit.context(model, name):
+                    if name == "late" and i >= start:
+                        x = x + (following - sigma) * model(x, t)
+                    elif name == "all":
+                        other = other + (following - sigma) * model(other, t)
+    return x
+
+
+def test_a_context_that_begins_late_is_corrected_by_its_own_steps() -> None:
+    """As in a run of the levels that are left; not by the run's first ones, whose timesteps would not go with its own."""
+    left = {**OPTIONS, "schedule": PLAN[1:]}
+    alone = cache_dit.enable_cache(tiny(), **left, correction=True)
+    cache_dit.new_run(alone, sigmas=SIGMAS[1:], solver="euler", prediction="flow")
+    wanted = euler_of(alone, 1, lambda i: ["late"] if i else [])
+    model = cache_dit.enable_cache(tiny(), **OPTIONS, correction=True)
+    cache_dit.new_run(model, sigmas=SIGMAS, solver="euler", prediction="flow")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CacheDitWarning)
+        found = euler_of(model, 1, lambda i: ["all", "late"])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert cache_dit.get_stats(model).hits == 5
 
 
 def test_inference_tensors_are_copied() -> None:

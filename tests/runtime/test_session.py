@@ -112,6 +112,25 @@ def test_without_a_timestep_only_a_named_run_is_cached() -> None:
     assert [call(model, inputs_at(step)[0], level - step)[0] for step in range(4)] == [False, True, True, True]
 
 
+@pytest.mark.parametrize("order", [("positive", "negative"), ("negative", "positive")])
+def test_a_context_that_was_left_out_computes_when_it_returns(order: tuple[str, str]) -> None:
+    """Its residual is as old as the pause, whatever its own calls count; behind that it takes the run's decisions again."""
+    model = models.seeded(models.TinyDiT)
+    cache_dit.enable_cache(model, **{**EXACT, "schedule": "1101010101"})
+    found: dict[str, str] = {"positive": "", "negative": ""}
+    for step in range(10):
+        for name in order:
+            if name == "negative" and step in (2, 3):
+                found[name] += "."
+                continue
+            with cache_dit.context(model, name):
+                hit, output = call(model, *inputs_at(step))
+            found[name] += "10"[hit]
+            if not hit:
+                torch.testing.assert_close(output, plain(model, *inputs_at(step)))
+    assert found == {"positive": "1101010101", "negative": "11..110101"}
+
+
 # Gradients.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -150,6 +151,53 @@ def test_a_model_that_moves_is_timed_where_it_is(clock: HostClock, queue: Queue)
         event.passed_at = time
     timer.collect()
     assert (counters.compute_calls_timed, counters.compute_seconds) == (7, 11.0)
+
+
+@pytest.mark.parametrize("other", ["collect", "reset"])
+def test_another_thread_may_collect_or_forget_while_a_call_is_booked(
+    clock: HostClock, queue: Queue, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """Statistics are read and set to zero at any time: here between the question whether an event has passed and its use."""
+    counters = Counters(timed=True)
+    timer = CallTimer(counters)
+    timer.watch(torch.device("cuda", 0))
+    threads: list[threading.Thread] = []
+
+    def query(event: Event) -> bool:
+        if not threads:
+            threads.append(threading.Thread(target=getattr(timer, other), daemon=True))
+            threads[0].start()
+            threads[0].join(0.2)
+        return True
+
+    monkeypatch.setattr(Event, "query", query)
+    monkeypatch.setattr(Event, "elapsed_time", lambda begin, end: 1000.0)
+    timer.start()
+    timer.book(False)
+    threads[0].join(60)
+    assert not threads[0].is_alive()
+    assert of(counters) == (1, 1.0, 0, 0.0)
+
+
+def test_a_call_forgotten_while_its_end_is_recorded_fails_nothing(
+    clock: HostClock, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = Counters(timed=True)
+    timer = CallTimer(counters)
+    timer.watch(torch.device("cuda", 0))
+    timer.start()
+    record = Event.record
+
+    def forgetting(event: Event) -> None:
+        timer.reset()
+        record(event)
+
+    monkeypatch.setattr(Event, "record", forgetting)
+    timer.book(True)
+    for event in queue.events:
+        event.passed_at = 1000.0
+    timer.collect()
+    assert counters.reuse_calls_timed == 1
 
 
 @pytest.mark.parametrize("end", ["discard", "reset"])

@@ -50,7 +50,7 @@ def simulate(
     decisions: list[tuple[bool, str]] = []
     hits, clock, increment, error = 0, 0.0, None, None
     for n in range(1, steps + 1):
-        view = StepView(n, hits, num_steps, sigmas, None, (), clock, increment, error, corrected=corrected)
+        view = StepView(n, hits, num_steps, sigmas, (), clock, increment, error, corrected=corrected)
         decision = strategy.decide(view)
         decisions.append(tuple(decision))
         increment = increments[n - 1] if increments is not None and n > 1 else None

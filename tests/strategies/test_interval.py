@@ -17,7 +17,6 @@ VIEW = StepView(
     consecutive_hits=0,
     num_steps=None,
     sigmas=None,
-    time=None,
     stored=(),
     clock=0.0,
     last_increment=None,

@@ -20,7 +20,6 @@ def view(step: int, hits: int = 0, **more: object) -> StepView:
     known: dict[str, object] = {
         "num_steps": None,
         "sigmas": None,
-        "time": None,
         "clock": 0.0,
         "last_increment": None,
         "forecast_error": 0.01,
