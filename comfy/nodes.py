@@ -113,8 +113,8 @@ _MORE_OPTIONS = tuple(map(_further, (
     ),
     _choice(
         "forecast", "预测方法", ("auto", "reuse", "taylor", "lagrange", "hermite", "adams_bashforth"),
-        "被跳过的步如何预测残差；auto 选择实测误差最小的方法",
-        "How a skipped step predicts what the blocks would add; auto takes whichever erred least",
+        "被跳过的步如何预测残差；auto: adaptive 下用直线（lagrange），否则选择实测误差最小的方法",
+        "How a skipped step predicts what the blocks would add; auto: a line (lagrange) with adaptive, else what erred least",
     ),
     Input(
         id="schedule", type="STRING", label=("计划表", "schedule"), default="",

@@ -6,19 +6,20 @@ import math
 from collections.abc import Mapping
 
 
-def choose_forecast(errors: Mapping[str, float], *, corrected: bool = False) -> str:
-    """The name of the forecast that erred least at the last computed step of the run; a straight line where skipped steps are
-    put right afterwards, since what it leaves behind is less, and the error at the end of a gap says nothing of that.
+def choose_forecast(errors: Mapping[str, float], *, placed: bool = False) -> str:
+    """The name of the forecast that erred least at the last computed step of the run; a straight line in the noise level where
+    the strategy places the computed steps, or skipped ones are put right: the error at the end of one gap says little of the
+    next one, and nothing of what a correction leaves.
 
     Args:
         errors: `forecast_error` of each candidate, by name; empty until two computed steps of the run have given one.
-        corrected: whether the run's skipped steps are corrected.
+        placed: whether the strategy is adaptive, or the run's skipped steps are corrected.
 
     Returns:
-        `'lagrange'` where `corrected`; else `'reuse'` where nothing has been measured or nothing is finite; of equal errors
+        `'lagrange'` where `placed`; else `'reuse'` where nothing has been measured or nothing is finite; of equal errors
         reuse's wins, then the first in order.
     """
-    if corrected:
+    if placed:
         return "lagrange"
     best, least = "reuse", math.inf
     for name in ("reuse", *errors):

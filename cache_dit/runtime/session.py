@@ -691,7 +691,8 @@ class Session:
         # where the sampler adds noise again, what a forecast erred by before says nothing of what follows
         if self.clock.restarts:
             return "reuse"
-        return choose_forecast(store.errors, corrected=self._corrector.steps is not None)
+        adaptive = self.options.strategy == "adaptive" and self.options.schedule is None
+        return choose_forecast(store.errors, placed=adaptive or self._corrector.steps is not None)
 
     def _read_all(self, context: Context) -> None:
         for store in context.stores.values():

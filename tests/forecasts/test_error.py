@@ -75,7 +75,7 @@ def test_weights_beyond_the_measurement() -> None:
 def test_choice() -> None:
     assert choose_forecast({}) == "reuse"
     # what is corrected later is better off with a line, whatever the last gap's end said
-    assert choose_forecast({}, corrected=True) == choose_forecast({"reuse": 0.1, "lagrange": 0.2}, corrected=True) == "lagrange"
+    assert choose_forecast({}, placed=True) == choose_forecast({"reuse": 0.1, "lagrange": 0.2}, placed=True) == "lagrange"
     assert choose_forecast({"reuse": 0.2, "lagrange": 0.1, "taylor": 0.15}) == "lagrange"
     assert choose_forecast({"taylor": 0.2, "lagrange": 0.2, "reuse": 0.2}) == "reuse"
     assert choose_forecast({"taylor": 0.1, "lagrange": 0.1, "reuse": 0.2}) == "taylor"
