@@ -13,7 +13,7 @@ def choose_forecast(errors: Mapping[str, float], *, placed: bool = False) -> str
 
     Args:
         errors: `forecast_error` of each candidate, by name; empty until two computed steps of the run have given one.
-        placed: whether the strategy is adaptive, or the run's skipped steps are corrected.
+        placed: whether the strategy is adaptive and knows the noise levels, or the run's skipped steps are corrected.
 
     Returns:
         `'lagrange'` where `placed`; else `'reuse'` where nothing has been measured or nothing is finite; of equal errors

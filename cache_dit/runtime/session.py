@@ -692,7 +692,9 @@ class Session:
         if self.clock.restarts:
             return "reuse"
         adaptive = self.options.strategy == "adaptive" and self.options.schedule is None
-        return choose_forecast(store.errors, placed=adaptive or self._corrector.steps is not None)
+        # without a list nobody knows where the sampler adds noise again
+        placed = adaptive and self.clock.sigmas is not None
+        return choose_forecast(store.errors, placed=placed or self._corrector.steps is not None)
 
     def _read_all(self, context: Context) -> None:
         for store in context.stores.values():
