@@ -1,5 +1,5 @@
-"""Where a skipped step's time goes, and its floor's, layer by layer, in one process: plain, floor and ours take turns, so that
-each runs behind the kernels of the others, as a step does in a run.
+"""Where a skipped step's time goes, its floor's and a computed one's, layer by layer, in one process: plain, floor and ours take
+turns, so that each runs behind the kernels of the others, as a step does in a run.
 
     python benchmarks/layers.py flux-small --rounds 80
 """
@@ -76,15 +76,16 @@ def measure(name: str, rounds: int) -> Layers:
             model(**measured.inputs(step))
     call = ours._compiled_call_impl
     programs = next(iter(call.session.tracing.cached)).programs
-    programs.reuse = layers.timed("reuse", programs.reuse)
+    programs.reuse, programs.compute = layers.timed("reuse", programs.reuse), layers.timed("compute", programs.compute)
     call.session.run = layers.timed("run", call.session.run)
     call._compiled = layers.timed("compiled", call._compiled)
     guards = _guards(ours, measured.inputs(1))
     for step in range(2, 2 + 2 * rounds, 2):
-        ours(**measured.inputs(step))
+        whole("computed", ours, measured.inputs(step))
+        layers.note(computed=layers.last["computed"], computed_kernels=layers.last["compute"])
         given = measured.inputs(step + 1)
         whole("plain", plain, given)
-        layers.note(plain=layers.last["plain"], plain_without_kernels=layers.last["plain"] - layers.last["plain kernels"])
+        layers.note(plain=layers.last["plain"], plain_kernels=layers.last["plain kernels"])
         whole("floor", floor, given)
         layers.note(floor=layers.last["floor"], floor_kernels=layers.last["floor kernels"])
         whole("plain", plain, given)
