@@ -1,5 +1,5 @@
-"""Where the time of a skipped step goes, of its floor and of a computed one, layer by layer, in one process: plain, floor and ours
-take turns, so that each runs behind the kernels of the others, as a step does in a run.
+"""Where the time of a skipped step goes, of its floor and of a computed one, layer by layer, in one process: plain, floor and
+ours take turns, so that each runs behind the kernels of the others, as a step does in a run.
 
     python benchmarks/layers.py flux-small --rounds 80
 """
