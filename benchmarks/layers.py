@@ -94,20 +94,21 @@ def measure(name: str, rounds: int) -> Layers:
         layers.note(skipped=total, skipped_kernels=reuse, its_guards_and_arguments=compiled - run)
         layers.note(its_session=run - reuse, its_brackets=total - compiled)
         whole("plain", plain, given)
-        layers.note(guards_alone_behind_kernels=_milliseconds(guards), guards_alone_again_at_once=_milliseconds(guards))
+        if guards is not None:
+            layers.note(guards_alone_behind_kernels=_milliseconds(guards), guards_alone_again_at_once=_milliseconds(guards))
     if cache_dit.get_stats(ours).hits < rounds:
         raise SystemExit("not every second step was skipped")
     return layers
 
 
-def _guards(model: torch.nn.Module, given: dict[str, Any]) -> Callable[[], object]:
-    """Dynamo's check of the guards of this model's frame, by itself."""
+def _guards(model: torch.nn.Module, given: dict[str, Any]) -> Callable[[], object] | None:
+    """Dynamo's check of the guards of this model's frame, by itself; None where the frame is that of a decorator."""
     bound = inspect.signature(model.forward).bind(**given)
     bound.apply_defaults()
     values = {"self": model, **bound.arguments}
     managers = [entry.guard_manager for entry in _debug_get_cache_entry_list(type(model).forward.__code__)]
-    manager = next(each for each in managers if each.check(values))
-    return lambda: manager.check(values)
+    manager = next((each for each in managers if each.check(values)), None)
+    return None if manager is None else lambda: manager.check(values)
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
