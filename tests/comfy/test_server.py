@@ -570,9 +570,17 @@ def test_skipped_steps_are_put_right(server: Server, sampler: str) -> None:
 
 
 SOLVERS = """
+import os, runpy, sys
+
+import comfy.options
+sys.argv = ["main.py", "--cpu"]
+comfy.options.enable_args_parsing()
 import comfy.k_diffusion.sampling as samplers
 import torch
-from cache_dit.runtime.solvers import SOLVERS, denoised
+
+# by its file: our root has a folder of ComfyUI's name
+own = runpy.run_path(os.environ["SOLVERS_FILE"])
+SOLVERS, denoised = own["SOLVERS"], own["denoised"]
 
 for name, levels in (("euler", (14.0, 6.0, 2.0, 0.7, 0.0)), ("dpmpp_2m", (14.0, 6.0, 2.0, 0.7, 0.0)),
                      ("euler", (1.0, 0.9, 0.6, 0.3, 0.0)), ("dpmpp_2m", (1.0, 0.9, 0.6, 0.3, 0.0))):
@@ -598,12 +606,11 @@ print("equal")
 
 
 def test_solvers_are_comfyuis_samplers(tree: Path) -> None:
-    paths = os.pathsep.join((str(tree), str(Path(__file__).resolve().parents[2])))
-    # in its folder: ours has a folder of the same name
+    file = Path(__file__).resolve().parents[2] / "cache_dit/runtime/solvers.py"
+    environment = {**os.environ, "PYTHONPATH": str(tree), "SOLVERS_FILE": str(file)}
     done = subprocess.run(
-        [sys.executable, "-c", SOLVERS],
-        cwd=tree, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", SOLVERS], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stderr
 
 
