@@ -551,7 +551,7 @@ def test_skipped_steps_are_put_right(server: Server, sampler: str) -> None:
     loader = flow.add("TestDigitsModel")
 
     def adaptive(model: list[Any], **more: Any) -> list[Any]:
-        options = {"strategy": "adaptive", "skip_interval": 1, "warmup_steps": 0, "target_speedup": 3.0}
+        options = {"strategy": "adaptive", "skip_interval": 1, "warmup_steps": 0, "target_speedup": 2.0}
         return configured(flow, model, **{**options, "forecast": "auto", **more})
 
     def sampled(model: list[Any], name: str = "") -> list[Any]:
