@@ -211,6 +211,27 @@ class PipelineRuns:
             return None, None
         return kind.solver, kind.prediction or _PREDICTIONS.get(str(config.get("prediction_type")))
 
+    def time(self) -> float | None:
+        """The noise level of the step under way, from the scheduler's list on the host; None where it has none there.
+
+        Of flow models alone, whose timesteps are their noise levels in another unit.
+        """
+        scheduler = self._scheduler()
+        config, kind = getattr(scheduler, "config", None), _SCHEDULERS.get(type(scheduler).__name__)
+        predicts = config.get("prediction_type") if isinstance(config, Mapping) else None
+        if predicts != "flow_prediction" and (kind is None or kind.prediction != "flow"):
+            return None
+        timesteps, sigmas = getattr(scheduler, "timesteps", None), getattr(scheduler, "sigmas", None)
+        if not isinstance(timesteps, torch.Tensor) or not isinstance(sigmas, torch.Tensor):
+            return None
+        index = getattr(scheduler, "_step_index", None)
+        if index is None:
+            index = getattr(scheduler, "_begin_index", None) or 0
+        # past the end nothing is under way: such a call is none of the pipeline's
+        if sigmas.device.type != "cpu" or sigmas.dim() != 1 or not 0 <= index < min(len(timesteps), len(sigmas)):
+            return None
+        return float(sigmas[index])
+
     def context(self) -> str | None:
         """Which of the predictions that a guider combines is being made: it counts those of a step."""
         count = getattr(getattr(self._pipeline(), "guider", None), "_count_prepared", 0)

@@ -19,6 +19,9 @@ class RunSource(Protocol):
     def solver(self) -> tuple[str | None, str | None]:
         """Its solver and prediction type, by their names for `new_run`."""
 
+    def time(self) -> float | None:
+        """The noise level of the step under way, where it is known on the host and stands for the model's timestep."""
+
     def context(self) -> str | None:
         """The name of the call's context where it is known."""
 

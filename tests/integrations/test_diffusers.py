@@ -18,6 +18,7 @@ from cache_dit.messages import CacheDitWarning
 from cache_dit.runtime.operands import CacheOperands
 from cache_dit.runtime.registry import sessions_of
 
+from .. import models
 from ..reference import EagerCache
 
 diffusers = pytest.importorskip("diffusers")
@@ -434,3 +435,41 @@ def test_compiling_repeated_blocks_runs_uncached_and_names_the_remedy_once() -> 
     assert len(told) == 1
     assert "compile the whole model" in told[0]
     assert "enable_cache" in cache_dit.summary(model)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_the_timestep_of_a_flow_model_on_a_device_is_the_schedulers_level(name: str) -> None:
+    """To read it would wait for the device; here that has no data at all."""
+    from cache_dit.integrations.diffusers import PipelineRuns
+
+    class Pipeline:
+        scheduler = getattr(diffusers, name)(
+            **({} if name.startswith("Flow") else {"prediction_type": "flow_prediction", "use_flow_sigmas": True})
+        )
+
+    pipeline, model = Pipeline(), models.TinyDiT()
+    cache_dit.enable_cache(model, **EXACT)
+    call, session = vars(model)["_compiled_call_impl"], sessions_of(model)[0]
+    session.runs, session.runs_whole_schedule = PipelineRuns(pipeline), True
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(4)
+    levels = []
+    for timestep in scheduler.timesteps:
+        call._arguments = ((torch.ones(1), timestep.to("meta").reshape(1)), {})
+        levels.append(call._time())
+        scheduler.step(torch.zeros(1, 4), timestep, torch.ones(1, 4))
+    assert levels == pytest.approx(scheduler.sigmas[:4].tolist())
+    # behind the run nothing of the pipeline is under way
+    assert session.runs.time() is None
+
+
+@pytest.mark.parametrize("given", [{}, {"prediction_type": "v_prediction"}])
+def test_timesteps_that_are_no_levels_are_read(given: dict[str, Any]) -> None:
+    from cache_dit.integrations.diffusers import PipelineRuns
+
+    class Pipeline:
+        scheduler = diffusers.EulerDiscreteScheduler(**given)
+
+    pipeline = Pipeline()
+    pipeline.scheduler.set_timesteps(4)
+    assert PipelineRuns(pipeline).time() is None
