@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -86,10 +87,17 @@ def example_of(node: fx.Node) -> object:
 
 
 def tensors_in(value: object) -> list[torch.Tensor]:
-    """The tensor that an example value is, or those in its tuples and lists."""
+    """The tensor that a value is, or those in its tuples, lists, mappings and dataclasses."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [each for part in value for each in tensors_in(part)] if isinstance(value, (tuple, list)) else []
+    parts: Iterable[object] = ()
+    if isinstance(value, (tuple, list)):
+        parts = value
+    elif isinstance(value, Mapping):
+        parts = value.values()
+    elif is_dataclass(value):
+        parts = (getattr(value, each.name) for each in fields(value))
+    return [each for part in parts for each in tensors_in(part)]
 
 
 def shape_key(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -318,7 +318,8 @@ class PatcherCache:
         solver, prediction = solver_of(guider, sampler, run.listed_sigmas(), KEY)
         with session.lock:
             session.end_run()
-            self.clock.begin(run.expected_evaluations(), run.listed_sigmas(), solver, prediction)
+            self.clock.begin()
+            self.clock.announce(run.expected_evaluations(), run.listed_sigmas(), solver, prediction)
             self.before = replace(session.counters, refused=dict(session.counters.refused))
             self.timeline.begin(run.steps)
             self._run = run

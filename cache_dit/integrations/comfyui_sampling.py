@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
@@ -20,18 +20,11 @@ class SamplerClock(StepClock):
         self.evaluation = 0
         self._seen: set[str] = set()
 
-    def begin(
-        self,
-        num_steps: int | None,
-        sigmas: Sequence[float] | None,
-        solver: str | None = None,
-        prediction: str | None = None,
-    ) -> None:
-        """A sampling begins."""
+    def begin(self) -> None:
+        """A sampling begins; `announce` says which."""
         self.run += 1
         self.evaluation = 0
         self._seen.clear()
-        self.announce(num_steps, sigmas, solver, prediction)
 
     def end_run(self) -> None:
         """What is stored may not be used again; the sampler itself may go on."""

@@ -71,9 +71,7 @@ class _Course:
 
     def returns(self, time: float | None, jumps: Jumps) -> bool:
         """Whether the timestep goes against the direction of the run's first two distinct ones, and was not to do so."""
-        if time is None or self.last is None or self.direction == 0 or time == self.last:
-            return False
-        if (time > self.last) == (self.direction > 0):
+        if time is None or self.last is None or self.direction == 0 or time == self.last or self.exceeded_by(time):
             return False
         return not any(_close(self.last, before) and _close(time, after) for before, after in jumps)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from ..forecasts import FORECASTS, Point
 from ..messages import SaidOnce
 from ..options import CacheOptions
+from ..passes.graph_values import tensors_in
 from ..torch_internals import outside_inference_mode
 from .buffers import ResidualStore
 from .clock import StepClock
@@ -113,7 +113,7 @@ class Corrector:
         """What the call gave: where that is not what was corrected, but made of it by code that was not traced, nothing is
         corrected any more."""
         output, self.unseen, self._seen = self.unseen, None, True
-        if self.steps is not None and not any(each is output for each in _tensors_in(result)):
+        if self.steps is not None and not any(each is output for each in tensors_in(result)):
             self.end("correction_outputs")
 
     def end(self, why: str) -> None:
@@ -135,22 +135,6 @@ class Corrector:
         """Said where the user asked for correction by name, and where what was announced is not true."""
         if self._options.correction is True or key == "correction_times":
             self._said.warn(key, solvers=", ".join(map(repr, SOLVERS)))
-
-
-def _tensors_in(result: object) -> Iterator[torch.Tensor]:
-    """The tensors of a model's result: itself, or those in its containers."""
-    if isinstance(result, torch.Tensor):
-        yield result
-        return
-    parts: Iterable[object] = ()
-    if isinstance(result, (tuple, list)):
-        parts = result
-    elif isinstance(result, Mapping):
-        parts = result.values()
-    elif is_dataclass(result):
-        parts = (getattr(result, each.name) for each in fields(result))
-    for each in parts:
-        yield from _tensors_in(each)
 
 
 def _replaced(results: Sequence[Any], place: int, value: torch.Tensor) -> Sequence[Any]:

@@ -129,14 +129,14 @@ def test_weights_ask_for_no_gradients_while_a_run_lasts() -> None:
 
 def test_the_clock_counts_what_the_sampler_says() -> None:
     clock = SamplerClock()
-    clock.begin(8, None)
+    clock.begin()
     clock.evaluation = 1
     assert clock.tick(1.0, "a") == Tick(1, "a", 1, True, False)
     clock.evaluation = 3
     assert clock.tick(0.5, "a") == Tick(1, "a", 3, False, False)
     # a condition that comes late is at the step of all the others
     assert clock.tick(0.5, "b") == Tick(1, "b", 3, True, False)
-    clock.begin(8, None)
+    clock.begin()
     clock.evaluation = 1
     assert clock.tick(1.0, "a") == Tick(2, "a", 1, True, False)
 
@@ -304,6 +304,25 @@ def test_a_run_that_is_no_longer_known_is_corrected_no_further() -> None:
     assert session._corrector.applies(2)
     session.stop_correcting()
     assert not session._corrector.applies(2)
+
+
+def test_an_evaluation_with_other_conditions_ends_the_correction() -> None:
+    class Patcher:
+        model = types.SimpleNamespace(diffusion_model=torch.nn.Identity())
+
+    options = resolve_options({"strategy": "adaptive", "target_speedup": 2.0})
+    cache = PatcherCache(options, patcher := Patcher())
+    assert cache.owner() is patcher
+    cache._run = run = Sampling(Sampler("some"), torch.tensor(LEVELS))
+    cache.clock.begin()
+    cache.clock.announce(4, LEVELS, "euler", "epsilon")
+    cache.session._corrector.begin_run(cache.clock, sees_whole_calls=True)
+    for asked in ("a", "a", "b"):
+        cache.predict_noise(lambda *given: None, None, torch.ones(1))
+        assert cache.session._corrector.applies(2)
+        run.context({"cond_or_uncond": [0], "uuids": [asked]})
+    cache.predict_noise(lambda *given: None, None, torch.ones(1))
+    assert not cache.session._corrector.applies(2)
 
 
 def test_what_the_session_says_reaches_the_node() -> None:
