@@ -1071,3 +1071,22 @@ def test_a_point_is_the_step_and_its_time() -> None:
     driven.hits(0.9, 0.8, 0.7)
     ((_, store),) = driven.session.contexts[1].stores.items()
     assert store.points == (Point(3, pytest.approx(0.7)),) and store.last_step == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "announced", "expected"),
+    [
+        ({"strategy": "adaptive"}, True, "lagrange"),
+        ({"strategy": "adaptive"}, False, "reuse"),
+        ({"strategy": "adaptive", "schedule": "1010"}, True, "reuse"),
+        ({"strategy": "fixed"}, True, "reuse"),
+    ],
+)
+def test_adaptive_follows_a_line_where_the_levels_are_announced(
+    options: dict[str, Any], announced: bool, expected: str
+) -> None:
+    """Whatever erred least at the last computed step; nothing is corrected."""
+    session = Session(resolve_options({"correction": False, **options}), "model", owns_calls=True)
+    session.new_run(4, [1.0, 0.7, 0.4, 0.2, 0.0] if announced else None)
+    store: Any = SimpleNamespace(errors={"reuse": 0.1, "lagrange": 0.2, "taylor": 0.3})
+    assert session._forecast_name(store) == expected
