@@ -31,6 +31,9 @@ from .texts import text
 
 # Nested arguments and results, flat and back.
 pytree = _pytree
+# Asked at every call.
+_torch_c: Any = torch._C
+_is_exporting = torch.compiler.is_exporting
 RECOMPILE_LIMIT = 64
 # Attributes that Dynamo sets on the module it hands to a backend, and that AOT autograd reads from it.
 _DYNAMO_ATTRIBUTES = ("meta", "_param_name_to_source", "compile_subgraph_reason", "_backend_id")
@@ -447,18 +450,22 @@ def transform_under_way(args: Sequence[object], kwargs: Mapping[str, object]) ->
 
     Takes the arguments of the call. None where it computes as ever.
     """
-    if torch.compiler.is_exporting():
+    if _is_exporting():
         return "torch.export"
-    if torch._C._get_tracing_state() is not None:
+    if _torch_c._get_tracing_state() is not None:
         return "torch.jit.trace"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _torch_c._functorch.peek_interpreter_stack() is not None:
         return "torch.func"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _torch_c._len_torch_dispatch_stack() > 0:
         # those that only look on, too: Dynamo gives up code that it first meets under one, for good (2.13)
         return "TorchDispatchMode"
     for values in (args, kwargs.values()):
         for value in values:
-            if isinstance(value, torch.Tensor) and (value.is_meta or type(value) is not torch.Tensor):
+            # plain tensors first: most are
+            if type(value) is torch.Tensor:
+                if value.is_meta:
+                    return "device='meta'"
+            elif isinstance(value, torch.Tensor):
                 if _is_fake(value):
                     return "FakeTensor"
                 if value.is_meta:

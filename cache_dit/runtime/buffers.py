@@ -14,6 +14,7 @@ from ..passes.from_host import is_offloaded
 from ..passes.insert_cache_branch import CacheInputs, ResidualBuffer
 from ..passes.residual_math import statistics_length
 from ..torch_internals import outside_inference_mode, write_counters
+from .addresses import addresses
 from .correction import Past
 from .transfers import Read, begin_read
 
@@ -138,24 +139,24 @@ class ResidualStore:
 class WeightMark:
     """A model's weights by identity and write counter, to notice that they changed within a run."""
 
-    __slots__ = ("_gone", "_identities", "_references", "_versions")
+    __slots__ = ("_addresses", "_gone", "_references", "_versions")
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        # an id stands for a tensor as long as that lives, and comparing ids reads none of their memory
+        # an address stands for a tensor as long as that lives, and comparing addresses reads none of their memory
         self._gone: list[weakref.ref[torch.Tensor]] = []
         self._references = [weakref.ref(weight, self._gone.append) for weight in weights]
-        self._identities = list(map(id, weights))
+        self._addresses = addresses(weights)
         self._versions = write_counters(weights)
 
     def forget(self) -> None:
         """Where nothing is stored nothing is watched: torch does not exchange a tensor's content under a weak reference."""
         self._references.clear()
-        # nothing tells of their end any more, so that an id may be another tensor's
-        self._identities.clear()
+        # nothing tells of their end any more, so that an address may be another tensor's
+        self._addresses = b""
 
     def matches(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same tensors, not written to since."""
-        if self._gone or self._identities != list(map(id, weights)):
+        if self._gone or self._addresses != addresses(weights):
             return False
         return self._versions is None or self._versions == write_counters(weights)
 

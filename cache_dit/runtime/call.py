@@ -217,7 +217,7 @@ class CachedCall:
             if value is None and place is not None and place < len(args):
                 value = args[place]
             if value is not None:
-                known = self._announced_time() if isinstance(value, torch.Tensor) and value.device.type != "cpu" else None
+                known = self._announced_time() if isinstance(value, torch.Tensor) and not value.is_cpu else None
                 return read_time(value) if known is None else known
         return None
 

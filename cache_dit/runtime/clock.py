@@ -71,9 +71,11 @@ class _Course:
 
     def returns(self, time: float | None, jumps: Jumps) -> bool:
         """Whether the timestep goes against the direction of the run's first two distinct ones, and was not to do so."""
-        if time is None or self.last is None or self.direction == 0 or time == self.last or self.exceeded_by(time):
+        last = self.last
+        # as `exceeded_by`, which every call of the model would pay for
+        if time is None or last is None or self.direction == 0 or time == last or (time > last) == (self.direction > 0):
             return False
-        return not any(_close(self.last, before) and _close(time, after) for before, after in jumps)
+        return not any(_close(last, before) and _close(time, after) for before, after in jumps)
 
     def advance(self, time: float | None) -> None:
         if time is None:
@@ -332,7 +334,8 @@ class StepClock:
             return self._begin_unnamed(time, broke=False)
         if time is None:
             return self._next_in_turn(state, time)
-        if _has_no_order(time) or _has_no_order(state.course.last):
+        last = state.course.last
+        if not math.isfinite(time) or (last is not None and not math.isfinite(last)):
             return self._begin_unnamed(time, broke=False)
         if not state.settled:
             if time == state.course.first:
@@ -340,7 +343,7 @@ class StepClock:
             if state.partial:
                 return self._begin_unnamed(time, broke=False)
             state.settled = True
-        elif state.turn > 0 and time != state.course.last:
+        elif state.turn > 0 and time != last:
             return self._begin_unnamed(time, broke=not state.course.returns(time, self._jumps))
         elif state.course.returns(time, self._jumps):
             return self._begin_unnamed(time, broke=False)

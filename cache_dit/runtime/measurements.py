@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from ..forecasts import FORECASTS, forecast_error
 from ..passes.residual_math import statistics_length
@@ -19,7 +20,7 @@ def read(pending: Measurement, history: int) -> list[list[float]]:
 
 def are_finite(parts: Sequence[Sequence[float]]) -> bool:
     """Whether every element was finite, and so is their mean square."""
-    return not any(part[0] > 0 or part[1] != part[1] or part[1] == float("inf") for part in parts)
+    return all([part[0] <= 0 and isfinite(part[1]) for part in parts])
 
 
 def forecast_errors(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from .offload import Offload
 from .operands import CacheOperands
 from .program import Cacheable, UncachedGraph
 from .ranks import Ranks, find_members, measures
-from .signs import MAX_FORMER, Signs, Steady, current_caller
+from .signs import Former, Signs, current_caller
 from .timing import CallTimer
 from .tracing import Capture, Tracing
 
@@ -128,7 +127,7 @@ class Session:
         # by run, since the runs of named contexts may overlap: of each step the decision and the hits in a row up to it
         self._decisions: dict[int, dict[int, tuple[Decision, int]]] = {}
         # what the unnamed contexts of former runs were called with throughout
-        self._former: deque[Steady] = deque(maxlen=MAX_FORMER)
+        self._former = Former()
         self._noise_seed = 0
         self._looked_at_controls = False
         self._compiles_seen = 0
@@ -438,9 +437,12 @@ class Session:
             self._ask_runs(self.runs)
         tick = self.clock.tick(forward.time, forward.name)
         unnamed = isinstance(tick.context, int)
-        caller, given = (current_caller(), graph.given(args)) if unnamed else (None, ())
-        if unnamed and not tick.fresh and self._is_of_another(tick.context, caller, given):
-            tick = self.clock.begin_anew(forward.time)
+        caller, given, same = (current_caller(), graph.given(args), None) if unnamed else (None, (), None)
+        if unnamed and not tick.fresh:
+            known = self.contexts.get(tick.context)
+            same = None if known is None else known.signs.same(given)
+            if known is not None and same is not None and self._is_of_another(known, caller, given, same):
+                tick, same = self.clock.begin_anew(forward.time), None
         forward.tick = tick
         if tick.broke:
             self.counters.refuse("pattern_broken")
@@ -451,24 +453,25 @@ class Session:
             if tick.context == 1 and tick.broke:
                 self._drop_other_contexts()
         if unnamed:
-            context.signs.note(tick.step, caller, given)
+            context.signs.note(tick.step, caller, given, same)
         return context
 
-    def _is_of_another(self, key: ContextKey, caller: object, given: Sequence[torch.Tensor]) -> bool:
-        """Whether an unnamed call that keeps to the pattern shows signs of another generation all the same."""
-        context = self.contexts.get(key)
-        if context is None:
-            return False
+    def _is_of_another(
+        self, context: Context, caller: object, given: Sequence[torch.Tensor], same: list[bool]
+    ) -> bool:
+        """Whether an unnamed call that keeps to the pattern shows signs of another generation all the same.
+
+        ``same``: which of the arguments are those of the context's last call.
+        """
         signs = context.signs
         if signs.has_other_caller(caller):
             self.said.warn("several_callers")
             return True
-        same = signs.same(given)
-        if signs.differ(same) or (self._former and signs.are_of(self._former, given, same)):
+        if signs.differ(same) or self._former.holds_one_of(given, same):
             return True
         if len(self.contexts) == 1:
             return False
-        others = [other.signs for name, other in self.contexts.items() if isinstance(name, int) and name != key]
+        others = [each.signs for name, each in self.contexts.items() if isinstance(name, int) and each is not context]
         return signs.belong_to(others, given, same)
 
     def _new_context(self, key: ContextKey) -> Context:

@@ -18,6 +18,36 @@ Steady = tuple[int, "weakref.ref[torch.Tensor]"]
 MAX_FORMER = 64
 
 
+class Former:
+    """What former runs were called with throughout: an argument's place and the tensor that stood there."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self) -> None:
+        # by place and id, which tells in one look-up that a tensor is none of them
+        self._kept: dict[tuple[int, int], weakref.ref[torch.Tensor]] = {}
+
+    def extend(self, steady: Iterable[Steady]) -> None:
+        """Remember these, and forget the oldest beyond a bound."""
+        for place, reference in steady:
+            tensor = reference()
+            if tensor is not None:
+                self._kept.pop((place, id(tensor)), None)
+                self._kept[place, id(tensor)] = reference
+        while len(self._kept) > MAX_FORMER:
+            del self._kept[next(iter(self._kept))]
+
+    def holds_one_of(self, tensors: Sequence[torch.Tensor], same: Sequence[bool]) -> bool:
+        """Whether one of these arguments was theirs, and is not ``same`` as that of the last call."""
+        for place, known in enumerate(same):
+            if not known:
+                reference = self._kept.get((place, id(tensors[place])))
+                # a tensor that is gone leaves its id to others
+                if reference is not None and reference() is tensors[place]:
+                    return True
+        return False
+
+
 class Signs:
     """Who made the last call of a context, and with what."""
 
@@ -34,14 +64,23 @@ class Signs:
         self._steady: list[bool] | None = None
         self._step = 0
 
-    def note(self, step: int, caller: object, tensors: Sequence[torch.Tensor]) -> None:
-        """Remember a call."""
+    def note(self, step: int, caller: object, tensors: Sequence[torch.Tensor], same: list[bool] | None = None) -> None:
+        """Remember a call. ``same``: what `same` says of its arguments, where the caller has asked."""
+        known = self.same(tensors) if same is None else same
+        given = self._given
         if self._step:
-            same = self.same(tensors)
-            self._steady = same if self._steady is None else [a and b for a, b in zip(self._steady, same, strict=False)]
+            if self._steady is None:
+                self._steady = known
+            elif self._steady != known:
+                self._steady = [a and b for a, b in zip(self._steady, known, strict=False)]
         if self._caller is None or self._caller() is not caller:
             self._caller = weakref.ref(caller)
-        self._given = [weakref.ref(tensor) for tensor in tensors]
+        if len(given) == len(tensors) == len(known):
+            for place, unchanged in enumerate(known):
+                if not unchanged:
+                    given[place] = weakref.ref(tensors[place])
+        else:
+            self._given = [weakref.ref(tensor) for tensor in tensors]
         self._step = step
 
     def has_other_caller(self, caller: object) -> bool:
@@ -52,18 +91,17 @@ class Signs:
         """Which of these arguments are the objects that the last call had."""
         return [reference() is tensor for reference, tensor in zip(self._given, tensors, strict=False)]
 
-    def differ(self, same: Sequence[bool]) -> bool:
+    def differ(self, same: list[bool]) -> bool:
         """Whether an argument that was the same object at every call so far is another one."""
-        return self._steady is not None and any(a and not b for a, b in zip(self._steady, same, strict=False))
+        steady = self._steady
+        if steady is None or steady == same:
+            return False
+        return any(a and not b for a, b in zip(steady, same, strict=False))
 
     def belong_to(self, others: Iterable[Signs], tensors: Sequence[torch.Tensor], same: Sequence[bool]) -> bool:
         """Whether an argument is the one that another context had in this context's last step, and this one had not."""
         theirs = [each.same(tensors) for each in others if each._step == self._step]
         return any(b and not a for their in theirs for a, b in zip(same, their, strict=False))
-
-    def are_of(self, former: Iterable[Steady], tensors: Sequence[torch.Tensor], same: Sequence[bool]) -> bool:
-        """Whether an argument is one that a former run had throughout, and this context's last call had not."""
-        return any(place < len(same) and not same[place] and reference() is tensors[place] for place, reference in former)
 
     def steady(self) -> list[Steady]:
         """The arguments that were the same object at every call, by their places."""

@@ -19,11 +19,12 @@ class CallTimer:
     once they have passed. Calls may be collected or forgotten by another thread than the one that makes them.
     """
 
-    __slots__ = ("_counters", "_device", "_lock", "_open", "_pending", "_start", "booked")
+    __slots__ = ("_counters", "_device", "_lock", "_open", "_pending", "_start", "_watched", "booked")
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
         self._device: torch.device | None = None
+        self._watched: torch.device | None = None
         self._pending: deque[tuple[torch.Event, torch.Event, bool]] = deque()
         self._open: torch.Event | None = None
         self._start = 0.0
@@ -34,6 +35,9 @@ class CallTimer:
 
     def watch(self, device: torch.device) -> None:
         """Say where the model runs. The call in which it is found elsewhere than before is timed on the host's clock."""
+        if device is self._watched:
+            return
+        self._watched = device
         wanted = None if device.type == "cpu" else device
         if wanted != self._device:
             # events of two devices have no time between them

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cache_dit.runtime.signs import Signs, current_caller
+from cache_dit.runtime.signs import MAX_FORMER, Former, Signs, current_caller
 
 
 def tensors(count: int) -> list[Tensor]:
@@ -122,20 +122,48 @@ def test_contexts_at_the_same_step_are_found_however_many_there_are() -> None:
     assert signs.belong_to([other], [theirs], signs.same([theirs]))
 
 
+def former_of(*runs: list[list[Tensor]]) -> Former:
+    former = Former()
+    for calls in runs:
+        former.extend(noted(*calls).steady())
+    return former
+
+
 def test_a_call_with_the_prompt_of_a_former_run_is_of_another_one() -> None:
     mine, theirs, x = tensors(3)
-    former = noted([x, theirs], [torch.ones(1), theirs]).steady()
-    assert [place for place, _ in former] == [1]
+    former = former_of([[x, theirs], [torch.ones(1), theirs]])
     signs = noted([x, mine], [x, mine])
     # one of the same numbers is another one
     numbers = torch.ones(1)
     for given, other in (([x, theirs], True), ([x, mine], False), ([theirs, mine], False), ([x, numbers], False), ([x], False)):
-        assert signs.are_of(former, given, signs.same(given)) is other
-    assert not signs.are_of(noted([x, mine, theirs], [x, mine, theirs]).steady()[2:], [x], signs.same([x]))
+        assert former.holds_one_of(given, signs.same(given)) is other
+    assert not former_of([[x, mine, theirs], [numbers, theirs, theirs]]).holds_one_of([x], signs.same([x]))
     # this run has had it too
     again = noted([x, theirs], [x, theirs])
-    assert not again.are_of(former, [x, theirs], again.same([x, theirs]))
-    assert not signs.are_of([], [x, theirs], signs.same([x, theirs]))
+    assert not former.holds_one_of([x, theirs], again.same([x, theirs]))
+    assert not Former().holds_one_of([x, theirs], signs.same([x, theirs]))
+
+
+def test_the_prompts_of_the_last_runs_are_remembered() -> None:
+    latents, mine, *prompts = tensors(MAX_FORMER + 3)
+    former = former_of(*([[latents, prompt], [mine, prompt]] for prompt in prompts))
+    same = noted([latents, mine]).same([latents, mine])
+    held = [former.holds_one_of([latents, prompt], [True, False]) for prompt in prompts]
+    assert held == [False] + [True] * MAX_FORMER and same == [True, True]
+    # one that comes again is remembered as the newest
+    former.extend(noted([latents, prompts[1]], [mine, prompts[1]]).steady())
+    former.extend(noted([latents, prompts[0]], [mine, prompts[0]]).steady())
+    assert [former.holds_one_of([latents, prompts[i]], [True, False]) for i in (0, 1, 2)] == [True, True, False]
+
+
+def test_a_tensor_where_one_of_a_former_run_was_is_none_of_them() -> None:
+    """An id is given again once what had it is gone."""
+    former, (latents, prompt) = Former(), tensors(2)
+    former.extend(noted([latents, prompt], [latents, prompt]).steady())
+    kept = former._kept[1, id(prompt)]
+    other = torch.ones(1)
+    former._kept[1, id(other)] = kept
+    assert not former.holds_one_of([latents, other], [True, False])
 
 
 def test_no_tensor_is_kept_alive() -> None:
