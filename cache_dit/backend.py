@@ -14,7 +14,7 @@ from torch import fx
 from . import passes
 from .errors import CacheDitError, NoBlocksError
 from .graph_report import GraphReport, describe_region
-from .lowering import Unsuited, choose_lowering, lower, with_cache_examples
+from .lowering import Lowering, Unsuited, choose_lowering, lower, with_cache_examples
 from .messages import announce, warn
 from .options import CacheOptions, ProgramOptions, resolve_options
 from .other_project import warn_of_other_project
@@ -33,7 +33,9 @@ from .torch_internals import (
     frame_id,
     inner_compiler,
     is_tracer_signal,
+    kernels_at_once,
     makes_cuda_graphs,
+    prepare_cpp,
     recompile_reason,
     record_rewrite,
     starts_compiled_call,
@@ -72,6 +74,13 @@ class OwnedBackend:
     def __init__(self, program: ProgramOptions, mode: str | None, capture: bool, hooks: bool) -> None:
         self.program, self.mode, self.capture, self.hooks = program, mode, capture, hooks
         self.__name__ = "cache_dit"
+
+    def prepare(self, device: torch.device | None) -> None:
+        """Begin what compiling for a device needs while the model is being traced."""
+        # options of inductor may say how kernels are compiled
+        as_ever = self.program.inner == "inductor" and not self.program.inner_options and self.mode is None
+        if as_ever and device is not None and device.type == "cpu":
+            prepare_cpp()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -298,14 +307,25 @@ def _lowered(
     form = choose_lowering(program.lowering)
     graph, inputs = rewritten.graph, rewritten.inputs
     examples, replayed = with_cache_examples(graph, examples), compile_inner.replays_on(inputs.device)
+
+    def lowered(form: Lowering) -> Programs:
+        with kernels_at_once() as wait_for_all:
+            programs = lower(form, graph, inputs, examples, compile_inner, replayed=replayed)
+            try:
+                wait_for_all()
+            except Exception as error:
+                compile_inner.give_up(error)
+                programs = lower(form, graph, inputs, examples, compile_inner, replayed=replayed)
+        return programs
+
     try:
-        programs = lower(form, graph, inputs, examples, compile_inner, replayed=replayed)
+        programs = lowered(form)
     except Unsuited as error:
         asked, form = form.name, choose_lowering("specialize")
         if program.lowering == asked:
             why = text(f"whole_{error}", language)
             warn("lowering_replaced", language, wanted=asked, why=why, used=form.name)
-        programs = lower(form, graph, inputs, examples, compile_inner, replayed=replayed)
+        programs = lowered(form)
     report.lowering = form.name
     return programs
 

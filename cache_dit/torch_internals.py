@@ -12,9 +12,11 @@ import io
 import json
 import os
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
@@ -522,6 +524,120 @@ def _inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
 
     patches = _patches(mode, options)
     return lambda gm, examples: compile_fx(gm, examples, config_patches=patches or None)
+
+
+@functools.cache
+def prepare_cpp() -> None:
+    """Begin what inductor does once a process before its first C++ kernel, in a thread beside what goes on here.
+
+    It compiles and loads a probe for each kind of vector instruction that the processor has, and looks at the header that all
+    kernels share: seconds in which it would wait for one compiler after the other. What fails there is left to fail again
+    where the kernels are compiled. Nothing where inductor compiles in one thread, or does not look as known.
+    """
+    # imported here: two threads that import one another's modules may see them half made
+    import torch._inductor.compile_fx
+    import torch.utils._filelock  # noqa: F401
+    from torch._inductor import async_compile, codecache
+
+    threads = getattr(async_compile, "get_compile_threads", None)
+    load = getattr(getattr(codecache, "CppPythonBindingsCodeCache", None), "load_pybinding_async", None)
+    if threads is None or load is None or threads() < 2:
+        return
+
+    def prepare() -> None:
+        # waiting for files and processes, this thread gives way at every turn: not for the usual 5 ms each
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(interval / 20)
+        # all but the compiling of this kernel, which would begin where the result is asked for
+        with suppress(Exception):
+            load([], 'extern "C" void kernel() {}')
+        sys.setswitchinterval(interval)
+
+    # flags of torch are set by context
+    threading.Thread(target=copy_context().run, args=(prepare,), name="cache_dit_prepare_cpp", daemon=True).start()
+
+
+# What waits for C++ kernels that are under way, where waiting was put off.
+_put_off: ContextVar[list[Callable[[], None]] | None] = ContextVar("cache_dit_put_off", default=None)
+_putting_off = threading.Lock()
+_wait_users = 0
+
+
+@contextmanager
+def kernels_at_once() -> Iterator[Callable[[], None]]:
+    """What inductor compiles here does not wait for its C++ kernels, which are compiled while Python goes on.
+
+    Gives a function that waits for all of them and raises what their compiler said. A kernel that is called before waits by
+    itself, and so do all that are left where that function is not called.
+    """
+    waits: list[Callable[[], None]] = []
+
+    def wait_for_all() -> None:
+        while waits:
+            waits.pop(0)()
+
+    with _wait_replaced():
+        token = _put_off.set(waits)
+        try:
+            yield wait_for_all
+        finally:
+            _put_off.reset(token)
+
+
+@contextmanager
+def _wait_replaced() -> Iterator[None]:
+    """The method by which a generated module waits for its kernels, replaced by one that asks `_put_off` first."""
+    global _wait_users
+    module: Any = sys.modules.get("torch._inductor.async_compile")
+    owner: Any = getattr(module, "AsyncCompile", None)
+    if not hasattr(owner, "wait") or not hasattr(module, "LambdaFuture") or not hasattr(module, "CodeCacheFuture"):
+        yield
+        return
+    with _putting_off:
+        if _wait_users == 0:
+            owner.wait = _wait_later(owner.wait, module.LambdaFuture, (module.CodeCacheFuture, module.Future))
+        _wait_users += 1
+    try:
+        yield
+    finally:
+        with _putting_off:
+            _wait_users -= 1
+            if _wait_users == 0:
+                owner.wait = owner.wait.__wrapped__
+
+
+def _wait_later(wait: Callable[..., None], cpp: type, pending: tuple[type, ...]) -> Callable[..., None]:
+    """``AsyncCompile.wait``, put off where that was asked for and all that is under way are C++ kernels.
+
+    ``cpp``: the class of what stands for such a kernel until it is compiled. That of a Triton kernel has a future of another
+    process besides, and inductor reads those kernels as soon as it has waited.
+    """
+
+    @functools.wraps(wait)
+    def wait_later(self: Any, scope: dict[str, Any]) -> None:
+        waits = _put_off.get()
+        kernels = {name: value for name, value in scope.items() if isinstance(value, pending)}
+        if waits is None or not all(type(each) is cpp and getattr(each, "future", self) is None for each in kernels.values()):
+            wait(self, scope)
+            return
+        for name, kernel in kernels.items():
+            scope[name] = _called_when_ready(scope, name, kernel)
+
+        def wait_now() -> None:
+            wait(self, kernels)
+            scope.update(kernels)
+
+        waits.append(wait_now)
+
+    return wait_later
+
+
+def _called_when_ready(scope: dict[str, Any], name: str, kernel: Any) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        scope[name] = kernel.result()
+        return scope[name](*args)
+
+    return call
 
 
 def has_backend(name: str) -> bool:

@@ -269,7 +269,9 @@ def _layout(value: object, node: fx.Node) -> Hashable:
         parts = parts_of(value)
         if parts is not None:
             kind = (kind, parts[0], *(_layout(part, node) for part in parts[1]))
-        sizes = [str(symbol_of(size)) for size in (*value.shape, *value.stride())]
+        # along a dimension of one element nothing is ever strided
+        strides = [stride if size != 1 else 1 for size, stride in zip(map(symbol_of, value.shape), value.stride(), strict=True)]
+        sizes = [str(symbol_of(size)) for size in (*value.shape, *strides)]
         return (kind, value.dtype, str(value.device), static, value.dim(), *sizes)
     if isinstance(value, torch.SymInt):
         return ("size", str(symbol_of(value)))

@@ -197,6 +197,7 @@ class CachedCall:
             return self._blockwise
         more, hooks = way is Capture.MORE, self._hooks.any
         backend = owned_backend(backend.program, backend.mode, more, hooks)
+        backend.prepare(next((each.device for each in self._module.parameters()), None))
         compiled = torch.compile(self._function, backend=backend, **compile_limits())
         return traced_with(compiled, more=more, hooks=hooks)
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import pytest
 import torch
 from cache_dit.passes import BranchOptions, Piece, Unsplit, specialize_branch, split_pieces
+from cache_dit.passes.split_pieces import _layout
 from torch import Tensor, fx, nn
 
 from cache_dit.torch_internals import fill_examples
@@ -53,6 +54,17 @@ def test_equal_blocks_are_one_program_at_any_depth() -> None:
     # embedding, block, …, block, what is stored, head
     assert keys(cut(traced_stack(3))) == [0, 1, 1, 1, 2, 3]
     assert keys(cut(traced_stack(8))) == [0, *[1] * 8, 2, 3]
+
+
+def test_the_stride_along_a_single_element_is_no_difference() -> None:
+    def key(batch: int, stride: int) -> Hashable:
+        graph = fx.Graph()
+        node = graph.placeholder("x")
+        node.meta["example_value"] = torch.empty_strided((batch, 4, 2), (stride, 2, 1))
+        return _layout(node.meta["example_value"], node)
+
+    assert key(1, 8) == key(1, 16)
+    assert key(2, 8) != key(2, 16)
 
 
 def test_a_skipped_step_has_nothing_of_its_own_but_the_prediction() -> None:
