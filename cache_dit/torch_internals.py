@@ -548,10 +548,15 @@ def prepare_cpp() -> None:
         # waiting for files and processes, this thread gives way at every turn: not for the usual 5 ms each
         interval = sys.getswitchinterval()
         sys.setswitchinterval(interval / 20)
-        # all but the compiling of this kernel, which would begin where the result is asked for
-        with suppress(Exception):
-            load([], 'extern "C" void kernel() {}')
-        sys.setswitchinterval(interval)
+        shorter = sys.getswitchinterval()
+        try:
+            # all but the compiling of this kernel, which would begin where the result is asked for
+            with suppress(Exception):
+                load([], 'extern "C" void kernel() {}')
+        finally:
+            # unless someone has set it to another time since
+            if sys.getswitchinterval() == shorter:
+                sys.setswitchinterval(interval)
 
     # flags of torch are set by context
     threading.Thread(target=copy_context().run, args=(prepare,), name="cache_dit_prepare_cpp", daemon=True).start()
