@@ -102,7 +102,7 @@ def compile_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
     """One row a subject and state, one column a variant: seconds, and the ratio to plain."""
     names = list(dict.fromkeys(name for found in measured.values() for name in found))
     lines = ["| model | state | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for label, found in measured.items():
+    for label, found in sorted(measured.items(), key=lambda each: _depth(each[0])):
         for state in ("cold", "warm"):
             plain = sum(found["plain"][state]["first_calls"])
             cells = []
@@ -115,6 +115,11 @@ def compile_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
                 cells.append("does not run" if total is None else f"{total:.1f} s ({total / plain:.2f})")
             lines.append(f"| {subject(label).title} | {state} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _depth(label: str) -> int:
+    """The number of blocks in the name of a subject that is there for its depth; 0 for others."""
+    return int(label.rpartition("-")[2]) if "-deep-" in label else 0
 
 
 def write_report(results: Mapping[str, Any], out: Path) -> None:
@@ -196,11 +201,11 @@ def plot_depth(measured: Mapping[str, Mapping[str, Found]], file: Path) -> None:
     """Seconds of the first calls over the number of blocks, cold and warm."""
     from matplotlib import pyplot
 
-    measured = {label: found for label, found in measured.items() if "-deep-" in label}
+    measured = {label: measured[label] for label in sorted(measured, key=_depth) if _depth(label)}
     if not measured:
         return
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharex=True)
-    depths = [int(label.rpartition("-")[2]) for label in measured]
+    depths = [_depth(label) for label in measured]
     for axes, state in zip(panels, ("cold", "warm"), strict=True):
         for name in dict.fromkeys(name for found in measured.values() for name in found):
             values: Sequence[float] = [
