@@ -17,8 +17,8 @@ from typing_extensions import Self
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 PEERS = ROOT / "build" / "peers"
-# glibc's allocator gives memory back and takes it anew, or does not, by how the process happened to begin: in either case the
-# same program, but some 20,000 page faults at a step of 0.6 s, which take 8 % of it. Here it keeps what it has.
+# glibc's allocator gives memory back at every step and takes it anew, or does not, by how the process happened to begin: some
+# percent of a large step (docs/tried.md). Here it keeps what it has, in every process that is measured.
 KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
 
 

@@ -71,11 +71,9 @@ class _Course:
 
     def returns(self, time: float | None, jumps: Jumps) -> bool:
         """Whether the timestep goes against the direction of the run's first two distinct ones, and was not to do so."""
-        last = self.last
-        # as `exceeded_by`, which every call of the model would pay for
-        if time is None or last is None or self.direction == 0 or time == last or (time > last) == (self.direction > 0):
+        if time is None or self.last is None or self.direction == 0 or time == self.last or self.exceeded_by(time):
             return False
-        return not any(_close(last, before) and _close(time, after) for before, after in jumps)
+        return not any(_close(self.last, before) and _close(time, after) for before, after in jumps)
 
     def advance(self, time: float | None) -> None:
         if time is None:
