@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,23 @@ def test_a_kernel_that_does_not_compile_is_a_failure_of_the_inner_compiler(lower
     strict = cache_dit.enable_cache(models.seeded(models.TinyDiT), lowering=lowering, strict=True, **OPTIONS)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="cc1plus has gone"):
         calls(strict)
+
+
+def test_the_programs_of_a_graph_are_waited_for_together(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def recorded() -> Iterator[Callable[[], None]]:
+        seen.append("begins")
+        yield lambda: seen.append("waits")
+
+    def inner(gm: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
+        seen.append("compiles")
+        return gm.forward
+
+    monkeypatch.setattr("cache_dit.backend.kernels_at_once", recorded)
+    calls(cache_dit.enable_cache(models.seeded(models.TinyDiT), inner=inner, **OPTIONS))
+    assert seen == ["begins", "compiles", "compiles", "waits"]
 
 
 @pytest.mark.parametrize(

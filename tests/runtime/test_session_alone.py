@@ -323,6 +323,15 @@ def test_a_source_of_runs_is_asked_when_they_begin_and_for_their_schedule() -> N
     assert asked == ["schedule", "solver"] and clock.num_steps == 5
 
 
+def test_a_prompt_of_a_former_run_at_the_second_step_begins_another_one() -> None:
+    """What its first call stored is of another prompt."""
+    for theirs_comes_again in (True, False):
+        driven, mine, theirs = Driven(), torch.ones(2), torch.ones(2)
+        assert [driven(time, x=theirs) for time in DOWN[:3]] == [False, True, True]
+        assert not driven(DOWN[0], x=mine)
+        assert driven(DOWN[1], x=theirs if theirs_comes_again else torch.ones(2)) is not theirs_comes_again
+
+
 def test_a_prompt_of_another_context_at_the_second_step_breaks_the_pattern() -> None:
     prompts = torch.ones(2), torch.ones(2)
     for order, broken in (((0, 1), 0), ((1, 0), 1)):
