@@ -55,6 +55,8 @@ NAMED: dict[str, tuple[str, ...]] = {
 }
 DEPTHS, ALL_DEPTHS = (8, 32), (8, 16, 32, 64)
 COMPILED = ("plain", "specialize", "pieces", "DBCache")
+# the steps of deep models: what the lowerings differ in there
+DEEP = ("specialize", "pieces")
 # one full collection of Python's garbage more or less is a tenth of a warm start
 WARM_STARTS = 3
 
@@ -93,8 +95,8 @@ def _parts(arguments: argparse.Namespace) -> list[tuple[str, list[str], list[str
     if arguments.full:
         parts.append(("steps", [name for name in subjects if name != "demo"], ["--dynamic"]))
     parts += [("tradeoff", demo, []), ("compile", demo, [])]
-    parts.append(("compile", [f"flux-deep-{depth}" for depth in depths], []))
-    return parts
+    deep = [f"flux-deep-{depth}" for depth in depths]
+    return [*parts, ("compile", deep, []), ("steps", deep, [])]
 
 
 def _arguments() -> argparse.Namespace:
@@ -142,7 +144,8 @@ def _options(arguments: argparse.Namespace) -> list[str]:
 
 
 def _chosen(subject: str, arguments: argparse.Namespace) -> list[str]:
-    wanted = arguments.variants or (VARIANTS if arguments.full else NAMED.get(subject, FEW))
+    usual = DEEP if subject.startswith("flux-deep-") else VARIANTS if arguments.full else NAMED.get(subject, FEW)
+    wanted = arguments.variants or usual
     return [
         name
         for name, variant in VARIANTS.items()

@@ -70,12 +70,12 @@ def steps_table(measured: Mapping[str, Found]) -> list[str]:
     floor = statistics.median(each["seconds"] for each in measured["floor"]["steps"])
     lines = [
         "| variant | graphs / breaks | steps | computed / plain | skipped / plain | skipped / floor | saved of what could be"
-        " | computed ms (10 % to 90 %) | kept, MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " | computed ms (10 % to 90 %) | kept, MB | beyond, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in measured.items():
         if "failed" in found:
-            lines.append(f"| {name} | does not run: {found['failed'][:160]} |" + " |" * 7)
+            lines.append(f"| {name} | does not run: {found['failed'][:160]} |" + " |" * 8)
             continue
         if name == "floor":
             cells = ["", "", f"{floor / plain:.3f}", "1.000", "", f"{floor * 1e3:.2f}"]
@@ -94,7 +94,10 @@ def steps_table(measured: Mapping[str, Found]) -> list[str]:
                 f"{computed * 1e3:.2f} ({spread(found)})" if computed is not None else f"all {own['all'] * 1e3:.2f}",
             ]
         kept = f"{found['cached_bytes'] / 1e6:.2f}" if "cached_bytes" in found else ""
-        lines.append(f"| {name} | {found['graphs']} / {found['breaks']} | " + " | ".join([*cells, kept]) + " |")
+        beyond = ""
+        if name != "plain" and "step_bytes" in found:
+            beyond = f"{(found['step_bytes'] - measured['plain']['step_bytes']) / 1e6:.2f}"
+        lines.append(f"| {name} | {found['graphs']} / {found['breaks']} | " + " | ".join([*cells, kept, beyond]) + " |")
     return lines
 
 

@@ -15,10 +15,14 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-from subjects import subject
+from subjects import Subject, subject
+from torch.profiler import ProfilerActivity, profile
 from variants import VARIANTS, Options, Prepared
 
 # the steps whose results are compared with the eager model's; the first three of them compile
@@ -70,6 +74,9 @@ def _answers(options: Options, arguments: argparse.Namespace) -> Any:
                 "graphs": counters["stats"]["unique_graphs"],
                 "breaks": sum(counters["graph_break"].values()),
                 "peak_bytes": _peak(options),
+                "step_bytes": max(
+                    memory_of_a_step(partial(_step, prepared, measured, options, begun + i), options) for i in (0, 1)
+                ),
                 **prepared.facts(),
             }
             continue
@@ -90,6 +97,26 @@ def _call(prepared: Prepared, inputs: dict[str, Any], options: Options) -> tuple
     if options.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start, out
+
+
+def _step(prepared: Prepared, measured: Subject, options: Options, number: int) -> None:
+    if number % options.run_length == 0:
+        prepared.begin()
+    _call(prepared, _moved(measured.inputs(_level(number % options.run_length, options)), options), options)
+
+
+def memory_of_a_step(step: Callable[[], Any], options: Options) -> int:
+    """The most bytes of tensors that are held at one time within a step, beyond those held before it."""
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes), default=0)
 
 
 def _tensor(result: Any) -> torch.Tensor:

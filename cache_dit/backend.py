@@ -304,9 +304,9 @@ def _lowered(
     language: str | None,
 ) -> Programs:
     """The programs in the form that was asked for, else whole where the graph does not come in pieces."""
-    form = choose_lowering(program.lowering)
     graph, inputs = rewritten.graph, rewritten.inputs
     examples, replayed = with_cache_examples(graph, examples), compile_inner.replays_on(inputs.device)
+    form = choose_lowering(program.lowering, blocks=len(rewritten.region.blocks), replayed=replayed)
 
     def lowered(form: Lowering) -> Programs:
         with kernels_at_once() as wait_for_all:

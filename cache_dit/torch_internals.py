@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import io
 import json
 import os
@@ -363,6 +364,28 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     except InvalidBackend as error:
         raise CacheDitError(f"inner={inner!r}: {error}") from error
     return lambda gm, examples: compiler(gm, examples, **({"options": options} if options else {}))
+
+
+def taking_a_list(compiled: Callable[..., Any]) -> Callable[[list[Any]], Sequence[Any]]:
+    """A compiled program that takes its inputs in a list and empties it, so that they are gone once it has read them.
+
+    Inductor's programs take lists inside. Around them is what takes arguments, which holds all of them until it returns, and
+    what keeps Dynamo away, which it is already where a compiled graph runs. Anything else is called as ever (seen in 2.13).
+    """
+    forward: Any = getattr(compiled, "_torchdynamo_orig_callable", None)
+    if getattr(forward, "__qualname__", None) == "aot_module_simplified.<locals>.forward":
+        held = inspect.getclosurevars(forward).nonlocals
+        if held.get("params_buffers_flat") == [] and callable(held.get("compiled_fn")):
+            boxed: Callable[[list[Any]], Sequence[Any]] = held["compiled_fn"]
+            return boxed
+
+    def call(inputs: list[Any]) -> Sequence[Any]:
+        given = tuple(inputs)
+        inputs.clear()
+        result: Sequence[Any] = compiled(*given)
+        return result
+
+    return call
 
 
 def makes_cuda_graphs(inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> bool:

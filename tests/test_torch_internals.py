@@ -17,7 +17,7 @@ from torch._inductor import async_compile, codecache
 
 import cache_dit
 from cache_dit.messages import CacheDitWarning
-from cache_dit.torch_internals import kernels_at_once, prepare_cpp
+from cache_dit.torch_internals import inner_compiler, kernels_at_once, prepare_cpp, taking_a_list
 
 from . import models
 
@@ -225,3 +225,29 @@ def test_what_is_prepared_compiles_no_kernel_and_hides_its_errors(monkeypatch: p
         assert len(asked) == 1 and not any(each.name == "cache_dit_prepare_cpp" for each in threading.enumerate())
     finally:
         prepare_cpp.cache_clear()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_a_program_lets_go_of_what_it_takes_in_a_list(fresh_dynamo: None, inner: str) -> None:
+    """Inductor's and AOT autograd's without what is wrapped around them."""
+    made: list[tuple[Any, Any]] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
+        compiled = inner_compiler(inner, None, {})(gm, examples)
+        made.append((compiled, taking_a_list(compiled)))
+        return gm.forward
+
+    weight, x = torch.ones(3, 3), torch.arange(3.0)
+
+    @torch.compile(backend=backend)
+    def double(x: Tensor) -> Tensor:
+        return (x + weight) * 2
+
+    with torch.no_grad():
+        wanted = double(x)
+        ((compiled, taking),) = made
+        inputs = [x, weight]
+        (found,) = taking(inputs)
+        assert inputs == [] and torch.equal(found, wanted) and torch.equal(found, compiled(x, weight)[0])
+    assert hasattr(compiled, "_torchdynamo_orig_callable") is (inner != "eager")
+    assert (getattr(taking, "__qualname__", "") == "taking_a_list.<locals>.call") is (inner == "eager")

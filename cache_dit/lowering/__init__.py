@@ -12,6 +12,7 @@ cond        the graph with the branch inside, once; the predicate is an input
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -40,11 +41,24 @@ LOWERINGS = {
     for each in (Lowering("specialize", lower_specialize), Lowering("pieces", lower_pieces), Lowering("cond", lower_cond))
 }
 DEFAULT_LOWERING = "specialize"
+# From so many blocks on, calls of pieces are at par with the whole graph's step and compile in half of its time
+# (docs/performance.md).
+DEEP = 24
 
 
-def choose_lowering(wanted: str) -> Lowering:
-    """The form for the option ``lowering``."""
-    return LOWERINGS[DEFAULT_LOWERING if wanted == "auto" else wanted]
+def choose_lowering(wanted: str, *, blocks: int = 0, replayed: bool = False) -> Lowering:
+    """The form for the option ``lowering``: ``'auto'`` takes pieces where the blocks are many and mostly alike.
+
+    Args:
+        wanted: the option.
+        blocks: how many blocks the graph has.
+        replayed: CUDA graphs are made of the programs: one of a whole graph is replayed at once.
+    """
+    if wanted != "auto":
+        return LOWERINGS[wanted]
+    if blocks >= DEEP and not replayed:
+        return Lowering("pieces", partial(lower_pieces, mostly_alike=True))
+    return LOWERINGS[DEFAULT_LOWERING]
 
 
 def lower(
@@ -74,6 +88,7 @@ def with_cache_examples(gm: fx.GraphModule, examples: Sequence[Any]) -> list[Any
 
 
 __all__ = [
+    "DEEP",
     "DEFAULT_LOWERING",
     "LOWERINGS",
     "InnerCompiler",

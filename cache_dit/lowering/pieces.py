@@ -17,24 +17,30 @@ from ..passes.graph_values import example_of
 from ..passes.outline_region import BLOCK
 from ..passes.specialize_branch import specialize_branch
 from ..runtime.program import FlatCall, Programs
-from ..torch_internals import copy_dynamo_graph, fill_examples, keep_dynamo_attributes, record_rewrite
+from ..torch_internals import copy_dynamo_graph, fill_examples, keep_dynamo_attributes, record_rewrite, taking_a_list
 from .unsuited import Unsuited
 
 
 def lower_pieces(
-    gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[[fx.GraphModule, Sequence[Any]], Any]
+    gm: fx.GraphModule,
+    examples: Sequence[Any],
+    compile_inner: Callable[[fx.GraphModule, Sequence[Any]], Any],
+    *,
+    mostly_alike: bool = False,
 ) -> Programs:
     """Compile each distinct piece once, those of the skipped step first (see :mod:`.specialize`).
 
     Raises:
-        Unsuited: the graph cannot be cut, has no marked blocks, or no two pieces alike.
+        Unsuited: the graph cannot be cut, has no marked blocks, or no two pieces alike; with ``mostly_alike``, more than half
+            of the pieces are programs of their own.
     """
     cuts = {compute: _Cut.of(gm, compute) for compute in (False, True)}
     # where no block always computes, the graph of a skipped step has none; that of a computed one has them all
     if not cuts[True].holds_blocks:
         raise Unsuited("no_blocks")
     computed = cuts[True].pieces
-    if len({piece.key for piece in computed}) == len(computed):
+    distinct = len({piece.key for piece in computed})
+    if distinct == len(computed) or (mostly_alike and 2 * distinct > len(computed)):
         raise Unsuited("nothing_alike")
     programs: dict[Hashable, Callable[..., Any]] = {}
     for cut in cuts.values():
@@ -47,17 +53,17 @@ def lower_pieces(
 def _compiled(gm: fx.GraphModule, piece: Piece, compile_inner: Callable[..., Any]) -> Callable[..., Any]:
     keep_dynamo_attributes(gm, piece.graph)
     piece.graph.graph.lint()
-    run: Callable[..., Any] = compile_inner(piece.graph, [example_of(node) for node in piece.inputs])
-    return run
+    return taking_a_list(compile_inner(piece.graph, [example_of(node) for node in piece.inputs]))
 
 
 class _Call(NamedTuple):
-    """A call of a piece: what it takes and where its results go, as places in the list of values."""
+    """A call of a piece, by places in the list of values: ``spent`` are read for the last time, ``unread`` are never read."""
 
-    run: Callable[..., Any]
+    program: Callable[[list[Any]], Sequence[Any]]
     pick: Callable[[list[Any]], Sequence[Any]]
+    spent: Sequence[int]
     results: slice
-    spent: tuple[int, ...]
+    unread: Sequence[int]
 
 
 class _Cut:
@@ -85,7 +91,11 @@ class _Cut:
         return any(BLOCK in node.meta for node in self._graph.graph.nodes)
 
     def driver(self, programs: dict[Hashable, Callable[..., Any]]) -> FlatCall:
-        """A function that calls the pieces in order and lets go of every value behind its last use."""
+        """A function that calls the pieces in order.
+
+        It lets go of a value before it calls the last piece that reads it, and that piece lets go of it in its midst: no
+        stream is kept beside those that the whole graph would keep.
+        """
         nodes = list(self._graph.graph.nodes)
         given = [node for node in nodes if node.op == "placeholder"]
         attributes = [node for node in nodes if node.op == "get_attr"]
@@ -95,18 +105,21 @@ class _Cut:
                 places[node] = len(places)
         returned = nodes[-1].args[0]
         assert isinstance(returned, (tuple, list))
-        kept = {node for node in returned if isinstance(node, fx.Node)}
         last_use = {node: i for i, piece in enumerate(self.pieces) for node in (*piece.outputs, *piece.inputs)}
+        for node in (*given, *attributes, *returned):
+            last_use.pop(node, None)
         calls = []
         for i, piece in enumerate(self.pieces):
             first = places[piece.outputs[0]] if piece.outputs else 0
-            spent = [node for node, last in last_use.items() if last == i and node not in kept and node.op.startswith("call")]
+            spent = [node for node, last in last_use.items() if last == i]
+            taken = set(piece.inputs)
             calls.append(
                 _Call(
                     programs[piece.key],
                     _picker([places[node] for node in piece.inputs]),
+                    [places[node] for node in spent if node in taken],
                     slice(first, first + len(piece.outputs)),
-                    tuple(places[node] for node in spent),
+                    [places[node] for node in spent if node not in taken],
                 )
             )
         constants = [self._attribute(str(node.target)) for node in attributes]
@@ -116,9 +129,12 @@ class _Cut:
 
         def run(flat: Sequence[Any]) -> Sequence[Any]:
             values = [*flat, *constants, *room]
-            for call in calls:
-                values[call.results] = call.run(*call.pick(values))
-                for place in call.spent:
+            for program, pick, spent, made, unread in calls:
+                taken = list(pick(values))
+                for place in spent:
+                    values[place] = None
+                values[made] = program(taken)
+                for place in unread:
                     values[place] = None
             return [constant if place is None else values[place] for place, constant in results]
 

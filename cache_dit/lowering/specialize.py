@@ -10,7 +10,7 @@ from torch import fx
 
 from ..passes.specialize_branch import specialize_branch
 from ..runtime.program import FlatCall, Programs
-from ..torch_internals import copy_dynamo_graph, fill_examples, record_rewrite
+from ..torch_internals import copy_dynamo_graph, fill_examples, record_rewrite, taking_a_list
 
 
 def lower_specialize(
@@ -27,12 +27,12 @@ def lower_specialize(
 
 def _specialized(gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[..., Any], compute: bool) -> FlatCall:
     graph, kept = specialized_graph(gm, compute=compute)
-    run = compile_inner(graph, [examples[i] for i in kept])
+    run = taking_a_list(compile_inner(graph, [examples[i] for i in kept]))
     if len(kept) == 1:
         only = kept[0]
-        return lambda flat: run(flat[only])
+        return lambda flat: run([flat[only]])
     pick = itemgetter(*kept)
-    return lambda flat: run(*pick(flat))
+    return lambda flat: run(list(pick(flat)))
 
 
 def specialized_graph(gm: fx.GraphModule, *, compute: bool) -> tuple[fx.GraphModule, list[int]]:
