@@ -366,26 +366,19 @@ def inner_compiler(inner: str | Callable[..., Any], mode: str | None, options: d
     return lambda gm, examples: compiler(gm, examples, **({"options": options} if options else {}))
 
 
-def taking_a_list(compiled: Callable[..., Any]) -> Callable[[list[Any]], Sequence[Any]]:
-    """A compiled program that takes its inputs in a list and empties it, so that they are gone once it has read them.
+def taking_a_list(compiled: Callable[..., Any]) -> Callable[[list[Any]], Sequence[Any]] | None:
+    """A compiled program as it takes its inputs in a list and empties it, so that they are gone once it has read them.
 
     Inductor's programs take lists inside. Around them is what takes arguments, which holds all of them until it returns, and
-    what keeps Dynamo away, which it is already where a compiled graph runs. Anything else is called as ever (seen in 2.13).
+    what keeps Dynamo away, which it is already where a compiled graph runs. None for what is made otherwise (seen in 2.13).
     """
     forward: Any = getattr(compiled, "_torchdynamo_orig_callable", None)
     if getattr(forward, "__qualname__", None) == "aot_module_simplified.<locals>.forward":
         held = inspect.getclosurevars(forward).nonlocals
         if held.get("params_buffers_flat") == [] and callable(held.get("compiled_fn")):
-            boxed: Callable[[list[Any]], Sequence[Any]] = held["compiled_fn"]
-            return boxed
-
-    def call(inputs: list[Any]) -> Sequence[Any]:
-        given = tuple(inputs)
-        inputs.clear()
-        result: Sequence[Any] = compiled(*given)
-        return result
-
-    return call
+            inside: Callable[[list[Any]], Sequence[Any]] = held["compiled_fn"]
+            return inside
+    return None
 
 
 def makes_cuda_graphs(inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> bool:

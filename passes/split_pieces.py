@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..torch_internals import graph_module_like, is_distributed, memory_of, parts_of, symbol_of, without_source
-from .graph_values import example_of, mutated_argument, name_of, tensors_in
+from .graph_values import example_of, is_removable, mutated_argument, name_of, tensors_in
 from .insert_cache_branch import MADE
 from .module_paths import is_compute
 from .outline_region import BLOCK
@@ -25,12 +27,13 @@ class Piece:
 
     graph: takes ``inputs`` and gives a tuple, both in the order of first use and of production: pieces with equal
         ``key`` are the same program.
-    inputs, outputs: nodes of the graph that was cut; an input may be a tensor attribute of it (``get_attr``).
+    inputs, outputs: nodes of the graph that was cut; an input may be a tensor attribute of it (``get_attr``), an output None
+        where the program gives a view that this graph does not have.
     """
 
     graph: fx.GraphModule
     inputs: tuple[fx.Node, ...]
-    outputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node | None, ...]
     key: Hashable
 
 
@@ -57,7 +60,8 @@ def split_pieces(gm: fx.GraphModule) -> list[Piece] | Unsplit:
     Additions in place to a value that nothing else shares are made out of place first. Where memory that is written to is
     shared across a border, or a context (autocast) spans one, the pieces on both sides stay one.
 
-    A graph without marked blocks (all of them skipped, none to compute) is cut around what the cache made.
+    A graph without marked blocks (all of them skipped, none to compute) is cut around what the cache made. A piece that lacks
+    nothing but views which nobody reads, as the last of a list may, is the program that makes them.
 
     *Refuses when* the graph calls modules or holds distributed tensors, or a value without an example crosses a border.
 
@@ -84,7 +88,7 @@ def split_pieces(gm: fx.GraphModule) -> list[Piece] | Unsplit:
         if not all(_crosses(node) for node in (*inputs, *outputs)):
             return Unsplit("no_example")
         pieces.append(_piece(gm, segment, inputs, outputs))
-    return pieces
+    return _sharing(pieces)
 
 
 def _segments(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
@@ -239,6 +243,52 @@ def _piece(gm: fx.GraphModule, segment: Sequence[fx.Node], inputs: Sequence[fx.N
         copies[node] = graph.node_copy(node, lambda argument: copies[argument])
     graph.output(tuple(copies[node] for node in outputs))
     return Piece(graph_module_like(gm, dict(nested), graph), tuple(inputs), tuple(outputs), _key(graph, nested))
+
+
+def _sharing(pieces: list[Piece]) -> list[Piece]:
+    """The pieces, each that is alone with its program as one of the others with more outputs where that is possible."""
+    programs = {piece.key: piece for piece in pieces}
+    times = Counter(piece.key for piece in pieces)
+
+    def shared(piece: Piece) -> Piece:
+        found = (_as_part_of(piece, other) for other in programs.values()) if times[piece.key] == 1 else ()
+        return next((each for each in found if each is not None), piece)
+
+    return [shared(piece) for piece in pieces]
+
+
+def _as_part_of(piece: Piece, other: Piece) -> Piece | None:
+    """A piece by the program of another one that makes views besides; None where it is no part of it."""
+    more = len(other.graph.graph.nodes) - len(piece.graph.graph.nodes)
+    if more <= 0 or len(other.outputs) <= len(piece.outputs) or len(other.inputs) != len(piece.inputs):
+        return None
+    for kept in combinations(range(len(other.outputs)), len(piece.outputs)):
+        if _key_of_part(other.graph, kept) == piece.key:
+            outputs = dict(zip(kept, piece.outputs, strict=True))
+            return Piece(other.graph, piece.inputs, tuple(map(outputs.get, range(len(other.outputs)))), other.key)
+    return None
+
+
+def _key_of_part(gm: fx.GraphModule, kept: Sequence[int]) -> Hashable | None:
+    """The key of a piece's graph with some of its outputs alone; None where that leaves out more than views."""
+    graph = fx.Graph()
+    results: Any = graph.graph_copy(gm.graph, {})
+    graph.output(tuple(results[place] for place in kept))
+    for node in reversed(list(graph.nodes)):
+        if node.op == "output" or node.users:
+            continue
+        if not is_removable(node) or not _is_view(node):
+            return None
+        graph.erase_node(node)
+    return _key(graph, {name: child for name, child in gm.named_children() if isinstance(child, fx.GraphModule)})
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value is a part of what it is made from: nothing is computed for it."""
+    made, sources = example_of(node), [example_of(source) for source in node.all_input_nodes]
+    if not isinstance(made, torch.Tensor):
+        return False
+    return any(memory_of(each) == memory_of(made) for source in sources for each in tensors_in(source))
 
 
 def _key(graph: fx.Graph, nested: dict[str, fx.GraphModule]) -> Hashable:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import cache_dit
 from cache_dit import passes
 from cache_dit.forecasts import FORECASTS
-from cache_dit.lowering import LOWERINGS
+from cache_dit.lowering import DEEP, LOWERINGS
 from cache_dit.messages import CacheDitWarning
 from cache_dit.options import FOREIGN_OPTIONS, CacheOptions, reset_global_config
 from cache_dit.strategies import STRATEGIES, Reason
@@ -363,6 +363,7 @@ def test_api_page_names_everything(name: str) -> None:
     assert not missing(get_args(Reason), name)
     assert not missing([key.split("_", 1)[1] for key in TEXTS if key.startswith(("refusal_", "count_"))], name)
     assert not missing([repr(each) for each in (*FORECASTS, *STRATEGIES, *LOWERINGS)], name)
+    assert re.search(rf" ?{DEEP - 1} (个 )?block", read(name))
 
 
 @pytest.mark.parametrize(("name", "heading"), [("docs/api.md", "Options"), ("docs/api.zh.md", "选项")])

@@ -246,8 +246,8 @@ def test_a_program_lets_go_of_what_it_takes_in_a_list(fresh_dynamo: None, inner:
     with torch.no_grad():
         wanted = double(x)
         ((compiled, taking),) = made
-        inputs = [x, weight]
-        (found,) = taking(inputs)
-        assert inputs == [] and torch.equal(found, wanted) and torch.equal(found, compiled(x, weight)[0])
-    assert hasattr(compiled, "_torchdynamo_orig_callable") is (inner != "eager")
-    assert (getattr(taking, "__qualname__", "") == "taking_a_list.<locals>.call") is (inner == "eager")
+        assert (taking is None) is (inner == "eager")
+        if taking is not None:
+            inputs = [x, weight]
+            (found,) = taking(inputs)
+            assert inputs == [] and torch.equal(found, wanted) and torch.equal(found, compiled(x, weight)[0])

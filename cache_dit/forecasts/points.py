@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 MAX_WEIGHT_SUM = 16.0
 """Largest Σ|w| that a forecast may return.
@@ -14,8 +13,7 @@ ahead (15), order 2 (7), and a straight line up to 7.5 intervals ahead (2x + 1);
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """When a residual was computed, or is to be predicted."""
 
     step: int

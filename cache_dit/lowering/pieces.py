@@ -7,6 +7,7 @@ once: a skipped step shares all its programs with a computed one, but for the pr
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -53,7 +54,8 @@ def lower_pieces(
 def _compiled(gm: fx.GraphModule, piece: Piece, compile_inner: Callable[..., Any]) -> Callable[..., Any]:
     keep_dynamo_attributes(gm, piece.graph)
     piece.graph.graph.lint()
-    return taking_a_list(compile_inner(piece.graph, [example_of(node) for node in piece.inputs]))
+    run = compile_inner(piece.graph, [example_of(node) for node in piece.inputs])
+    return taking_a_list(run) or (lambda taken: run(*taken))
 
 
 class _Call(NamedTuple):
@@ -99,18 +101,19 @@ class _Cut:
         nodes = list(self._graph.graph.nodes)
         given = [node for node in nodes if node.op == "placeholder"]
         attributes = [node for node in nodes if node.op == "get_attr"]
-        places = {node: i for i, node in enumerate([*given, *attributes])}
-        for piece in self.pieces:
-            for node in piece.outputs:
-                places[node] = len(places)
+        # a value's place in the list of values; those that nobody wants have one too, by where they come from
+        places: dict[fx.Node | tuple[int, int], int] = {node: i for i, node in enumerate([*given, *attributes])}
+        made = [[node or (i, j) for j, node in enumerate(piece.outputs)] for i, piece in enumerate(self.pieces)]
+        for each in chain.from_iterable(made):
+            places[each] = len(places)
         returned = nodes[-1].args[0]
         assert isinstance(returned, (tuple, list))
-        last_use = {node: i for i, piece in enumerate(self.pieces) for node in (*piece.outputs, *piece.inputs)}
-        for node in (*given, *attributes, *returned):
+        last_use = {node: i for i, piece in enumerate(self.pieces) for node in (*made[i], *piece.inputs)}
+        for node in (*given, *attributes, *(each for each in returned if isinstance(each, fx.Node))):
             last_use.pop(node, None)
         calls = []
         for i, piece in enumerate(self.pieces):
-            first = places[piece.outputs[0]] if piece.outputs else 0
+            first = places[made[i][0]] if made[i] else 0
             spent = [node for node, last in last_use.items() if last == i]
             taken = set(piece.inputs)
             calls.append(
@@ -118,25 +121,25 @@ class _Cut:
                     programs[piece.key],
                     _picker([places[node] for node in piece.inputs]),
                     [places[node] for node in spent if node in taken],
-                    slice(first, first + len(piece.outputs)),
+                    slice(first, first + len(made[i])),
                     [places[node] for node in spent if node not in taken],
                 )
             )
         constants = [self._attribute(str(node.target)) for node in attributes]
         room = [None] * (len(places) - len(given) - len(attributes))
         # what is returned: a place in the list of values, else a constant of the graph
-        results = [(places[each], None) if isinstance(each, fx.Node) else (None, each) for each in returned]
+        wanted = [(places[each], None) if isinstance(each, fx.Node) else (None, each) for each in returned]
 
         def run(flat: Sequence[Any]) -> Sequence[Any]:
             values = [*flat, *constants, *room]
-            for program, pick, spent, made, unread in calls:
+            for program, pick, spent, results, unread in calls:
                 taken = list(pick(values))
                 for place in spent:
                     values[place] = None
-                values[made] = program(taken)
+                values[results] = program(taken)
                 for place in unread:
                     values[place] = None
-            return [constant if place is None else values[place] for place, constant in results]
+            return [constant if place is None else values[place] for place, constant in wanted]
 
         return run
 

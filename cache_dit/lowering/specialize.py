@@ -27,12 +27,12 @@ def lower_specialize(
 
 def _specialized(gm: fx.GraphModule, examples: Sequence[Any], compile_inner: Callable[..., Any], compute: bool) -> FlatCall:
     graph, kept = specialized_graph(gm, compute=compute)
-    run = taking_a_list(compile_inner(graph, [examples[i] for i in kept]))
-    if len(kept) == 1:
-        only = kept[0]
-        return lambda flat: run([flat[only]])
-    pick = itemgetter(*kept)
-    return lambda flat: run(list(pick(flat)))
+    run = compile_inner(graph, [examples[i] for i in kept])
+    pick = itemgetter(*kept) if len(kept) > 1 else itemgetter(slice(kept[0], kept[0] + 1))
+    inside = taking_a_list(run)
+    if inside is not None:
+        return lambda flat: inside(list(pick(flat)))
+    return lambda flat: run(*pick(flat))
 
 
 def specialized_graph(gm: fx.GraphModule, *, compute: bool) -> tuple[fx.GraphModule, list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import is_
 
 import torch
@@ -85,11 +86,12 @@ class ResidualStore:
 
     def operands(self) -> list[torch.Tensor]:
         """The buffers in the order the programs take them."""
-        return [*([self.front] if self.front is not None else []), *self.kept()]
+        kept = self.kept()
+        return kept if self.front is None else [self.front, *kept]
 
     def kept(self) -> list[torch.Tensor]:
         """The residuals and their scales among them."""
-        return [each for history in self.residuals for each in history]
+        return list(chain.from_iterable(self.residuals))
 
     def moved(self, change: torch.Tensor | None) -> None:
         """Note how far the program found the front to have moved; None: not known, or read."""

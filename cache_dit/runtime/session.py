@@ -172,7 +172,8 @@ class Session:
         self._forward = None
         if forward is None:
             return
-        self._share()
+        if self._touched:
+            self._share()
         counters.calls += 1
         self._several_graphs = forward.computed + forward.skipped + forward.uncached > 1
         hit = forward.skipped > 0
@@ -214,7 +215,7 @@ class Session:
     def runs_eager(self) -> bool:
         """Whether the call that has begun belongs to a context that is not worth compiling."""
         forward = self._forward
-        return forward is not None and self.tracing.is_eager(forward.name)
+        return forward is not None and forward.name is not None and self.tracing.is_eager(forward.name)
 
     def abort(self) -> None:
         """A call ended in an exception: the run counts as ended. Nothing measured is read, the device may be lost."""
@@ -315,7 +316,8 @@ class Session:
         why_empty: str,
     ) -> Sequence[Any]:
         assert forward.tick is not None
-        self._read(store)
+        if store.pending is not None:
+            self._read(store)
         skip = forward.decision.skip
         if skip and not store.points:
             forward.reason = why_empty if why_empty != "unused" else "nothing_stored"
@@ -569,7 +571,8 @@ class Session:
     def _decide(self, forward: Forward, context: Context, store: ResidualStore) -> None:
         tick = forward.tick
         assert tick is not None
-        self._note_run(tick.run)
+        if tick.run not in self._decisions:
+            self._begin_run(tick.run)
         if forward.time is None and not self.clock.manual:
             self.counters.refuse("no_timestep")
             self.said.warn("no_timestep")
@@ -578,9 +581,7 @@ class Session:
             forward.decision = self._decision_of(tick, context, store)
         forward.reason = forward.decision.reason
 
-    def _note_run(self, run: int) -> None:
-        if run in self._decisions:
-            return
+    def _begin_run(self, run: int) -> None:
         under_way = {context.run for context in self.contexts.values()}
         self._decisions = {known: made for known, made in self._decisions.items() if known in under_way}
         self._decisions[run] = {}
@@ -595,8 +596,10 @@ class Session:
         known = decisions.get(step)
         if known is not None:
             return known[0]
-        self._read(store)
-        self._read_change(context, store, step)
+        if store.pending is not None:
+            self._read(store)
+        if store.change is not None:
+            self._read_change(context, store, step)
         hits_before = decisions.get(step - 1, (None, 0))[1]
         view = StepView(
             step=step,
@@ -606,7 +609,7 @@ class Session:
             stored=store.points,
             clock=context.clock,
             last_increment=context.last_increment,
-            forecast_error=store.errors.get(self._forecast_name(store)),
+            forecast_error=store.errors.get(self._forecast_name(store)) if store.errors else None,
             last_gap=store.gap,
             corrected=self._corrector.applies(step),
         )
@@ -833,7 +836,8 @@ class Session:
         if tick.fresh and context is not None:
             context.forget()
             context.run = tick.run
-        self._note_run(tick.run)
+        if tick.run not in self._decisions:
+            self._begin_run(tick.run)
         if tick.step not in self._decisions[tick.run]:
             self._decisions[tick.run][tick.step] = COMPUTE_FIRST, 0
             self.counters.steps += 1

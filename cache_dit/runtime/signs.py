@@ -39,6 +39,8 @@ class Former:
 
     def holds_one_of(self, tensors: Sequence[torch.Tensor], same: Sequence[bool]) -> bool:
         """Whether one of these arguments was theirs, and is not ``same`` as that of the last call."""
+        if not self._kept:
+            return False
         for place, known in enumerate(same):
             if not known:
                 reference = self._kept.get((place, id(tensors[place])))
