@@ -20,10 +20,7 @@ def read(pending: Measurement, history: int) -> list[list[float]]:
 
 def are_finite(parts: Sequence[Sequence[float]]) -> bool:
     """Whether every element was finite, and so is their mean square."""
-    for part in parts:
-        if part[0] > 0 or not isfinite(part[1]):
-            return False
-    return True
+    return all([part[0] <= 0 and isfinite(part[1]) for part in parts])
 
 
 def forecast_errors(
