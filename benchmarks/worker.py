@@ -116,7 +116,7 @@ def memory_of_a_step(step: Callable[[], Any], options: Options) -> int:
         step()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(changes), default=0)
+    return max(accumulate(changes, initial=0))
 
 
 def _tensor(result: Any) -> torch.Tensor:
