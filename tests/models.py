@@ -131,6 +131,17 @@ class JointBlock(nn.Module):
         return self.image(x, t * toward_image), self.text(context, t * toward_text)
 
 
+class PartedBlock(SimpleBlock):
+    """Two streams that are one within the block, as in Flux's later ones."""
+
+    def forward(self, x: Tensor, t: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        joined = super().forward(torch.cat([side, x], dim=1), t)
+        return joined[:, side.shape[1] :], self.part(joined[:, : side.shape[1]])
+
+    def part(self, side: Tensor) -> Tensor:
+        return side
+
+
 class TupleBlock(nn.Module):
     """A hidden state that is a tuple."""
 
@@ -158,6 +169,19 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.head(self.run_blocks(self.embed(x), t[:, None, None]))
+
+
+class PartedStack(Stack):
+    """Nobody reads the second stream behind the last block."""
+
+    def __init__(self, depth: int = 4, block: Callable[[], nn.Module] = PartedBlock) -> None:
+        super().__init__(depth, block)
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        side = h[:, :2]
+        for block in self.blocks:
+            h, side = block(h, t, side)
+        return h
 
 
 class ReversedStack(Stack):
@@ -416,6 +440,7 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "joint": (JointDiT, True),
     "two_streams": (lambda: JointDiT(3, 0), True),
     "tuple": (TupleDiT, True),
+    "parted": (PartedStack, False),
     "refined": (RefinedStack, True),
     "glued": (GluedStack, False),
     "stray": (StrayStack, False),
