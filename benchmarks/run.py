@@ -53,7 +53,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "qwen-small": FEW,
     "sd3-small": FEW,
 }
-DEPTHS, ALL_DEPTHS = (8, 32), (8, 16, 32, 64)
+DEPTHS, ALL_DEPTHS = (8, 32), (8, 16, 24, 32, 64)
 COMPILED = ("plain", "specialize", "pieces", "DBCache")
 # the steps of deep models: what the lowerings differ in there
 DEEP = ("specialize", "pieces")

@@ -120,6 +120,22 @@ def compile_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
     return lines
 
 
+def depth_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
+    """The steps of models that are there for their depth, in each lowering: one row a model."""
+    names = [name for name in next(iter(measured.values())) if name not in ("plain", "floor")]
+    told = ("computed / plain", "skipped / plain", "saved of what could be")
+    columns = [f"{name}, {what}" for what in told for name in names]
+    lines = [f"| model | plain, ms | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for label, found in sorted(measured.items(), key=lambda each: _depth(each[0])):
+        own = {name: medians(found[name]) for name in names}
+        plain = medians(found["plain"])["computed"]
+        best = plain + statistics.median(each["seconds"] for each in found["floor"]["steps"])
+        cells = [_ratio(own[name].get(kind), plain) for kind in ("computed", "skipped") for name in names]
+        cells += [_ratio(best, own[name].get("computed", 0.0) + own[name].get("skipped", 0.0)) for name in names]
+        lines.append(f"| {subject(label).title} | {plain * 1e3:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
 def _depth(label: str) -> int:
     """The number of blocks in the name of a subject that is there for its depth; 0 for others."""
     return int(label.rpartition("-")[2]) if "-deep-" in label else 0
@@ -135,7 +151,10 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
         f"{machine.get('diffusers', '')}. Medians of {machine['rounds']} steps in turns.",
         "",
     ]
+    deep = {label: measured for label, measured in results["steps"].items() if _depth(label)}
     for label, measured in results["steps"].items():
+        if label in deep:
+            continue
         dynamic = ", sizes dynamic" if label.endswith("dynamic") else ""
         lines += [f"### {subject(label.split()[0]).title}{dynamic}", "", *steps_table(measured), ""]
         plots.append(partial(plot_run, measured, out / f"run-{label.replace(' ', '-')}.png", label))
@@ -143,6 +162,8 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
         lines += ["### Seconds of the first three calls (ratio to plain)", ""]
         lines += [*compile_table(results["compile"]), ""]
         plots.append(partial(plot_depth, results["compile"], out / "compile-depth.png"))
+    if deep:
+        lines += ["### Steps over the number of blocks", "", *depth_table(deep), ""]
     for points in results["tradeoff"].values():
         lines += ["### Speed against fidelity: whole runs of the demo model", "", *tradeoff.table(points), ""]
         plots.append(partial(plot_tradeoff, points, out / "speed-fidelity.png"))

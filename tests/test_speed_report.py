@@ -76,3 +76,20 @@ def test_measured_processes_keep_their_memory(tmp_path: Path) -> None:
     with Worker("demo", "plain", script, str(tmp_path), [], tmp_path / "log") as worker:
         assert worker.first == {"threshold": KEEPS_MEMORY["MALLOC_TRIM_THRESHOLD_"]}
     assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+
+
+def test_steps_over_depth_have_a_row_for_each_model() -> None:
+    from speed_report import depth_table
+
+    def turns(computed: float, skipped: float) -> dict[str, Any]:
+        found = measured(0.0, errors=[0.0, 1.0] * 3, lowering=["pieces"])
+        times = [skipped if place % 2 else computed for place in range(10)]
+        return found | {"steps": [{"seconds": time / 1e3, "place": place} for place, time in enumerate(times)]}
+
+    def model() -> dict[str, Any]:
+        return {"plain": measured(10), "floor": measured(1), "specialize": turns(10, 1), "pieces": turns(11, 2)}
+
+    head, _, *rows = depth_table({"flux-deep-16": model(), "flux-deep-8": model()})
+    assert head.startswith("| model | plain, ms | specialize, computed / plain | pieces, computed / plain |")
+    assert [row.split("|")[1].strip()[:25] for row in rows] == ["Flux-shaped (2 + 6 blocks", "Flux-shaped (4 + 12 block"]
+    assert all(row.endswith("| 10.00 | 1.000 | 1.100 | 0.100 | 0.200 | 1.000 | 0.846 |") for row in rows)
