@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -330,24 +331,82 @@ def _same_shape(a: object, b: torch.Tensor) -> bool:
 
 
 def _reached(out: fx.Node, inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The live-ins that ``out`` depends on, and those it reaches through additions and reshapes alone."""
+    """The live-ins that ``out`` depends on, and those it reaches through additions and reshapes alone.
+
+    Of streams that are joined and sliced again, the second are those whose part of the joint one ``out`` is.
+    """
     depends: set[fx.Node] = set()
     adds: set[fx.Node] = set()
-    seen: set[tuple[fx.Node, bool]] = set()
-    stack = [(out, True)]
+    seen: set[tuple[fx.Node, bool, _Window | None]] = set()
+    stack: list[tuple[fx.Node, bool, _Window | None]] = [(out, True, None)]
     while stack:
-        node, additive = stack.pop()
-        if (node, additive) in seen:
+        node, additive, window = stack.pop()
+        if (node, additive, window) in seen:
             continue
-        seen.add((node, additive))
+        seen.add((node, additive, window))
         if node not in inside:
             depends.add(node)
             if additive:
                 adds.add(node)
             continue
         carries = additive and (_is_addition(node) or _is_shaping(node) or node.target in _JOINING)
-        stack.extend((argument, carries) for argument in node.all_input_nodes)
+        parts = _joined_parts(node, window) if carries and window is not None and node.target is torch.cat else None
+        for argument in node.all_input_nodes:
+            if parts is not None:
+                stack.append((argument, argument in parts, parts.get(argument)))
+            else:
+                stack.append((argument, carries, _window_into(node, argument, window) if carries else None))
     return depends, adds
+
+
+class _Window(NamedTuple):
+    """The part of a value from ``start`` to ``stop`` along a dimension."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+def _window_into(node: fx.Node, argument: fx.Node, window: _Window | None) -> _Window | None:
+    """The part of an argument that a part of a slice or a sum is of; None where that is not known, or all of it."""
+    made, given = example_of(node), example_of(argument)
+    if not isinstance(made, torch.Tensor) or not isinstance(given, torch.Tensor) or made.dim() != given.dim():
+        return None
+    if _is_addition(node):
+        return window if window is not None and made.shape[window.dim] == given.shape[window.dim] else None
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return None
+    cut = [dim for dim, each in enumerate(node.args[1]) if each != slice(None)]
+    if len(cut) != 1 or not isinstance(node.args[1][cut[0]], slice):
+        return None
+    size, bounds = given.shape[cut[0]], node.args[1][cut[0]]
+    if not all(isinstance(each, int) for each in (size, *(x for x in (bounds.start, bounds.stop) if x is not None))):
+        return None
+    start, stop, step = bounds.indices(size) if bounds.step in (None, 1) else (0, 0, 0)
+    if not step or (window is not None and window.dim != cut[0]):
+        return None
+    return _Window(cut[0], start, stop) if window is None else _Window(cut[0], start + window.start, start + window.stop)
+
+
+def _joined_parts(node: fx.Node, window: _Window) -> dict[fx.Node, _Window | None] | None:
+    """Which of the values that are joined lie within a part of the result, and which part of each; None: not known."""
+    values = node.args[0]
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if not isinstance(values, (tuple, list)) or not isinstance(dim, int):
+        return None
+    examples = [example_of(each) if isinstance(each, fx.Node) else None for each in values]
+    offset, parts = 0, dict[fx.Node, "_Window | None"]()
+    for value, tensor in zip(values, examples, strict=True):
+        if not isinstance(tensor, torch.Tensor) or dim % tensor.dim() != window.dim or not isinstance(tensor.shape[dim], int):
+            return None
+        size = tensor.shape[dim]
+        start, stop = max(window.start - offset, 0), min(window.stop - offset, size)
+        if start < stop:
+            assert isinstance(value, fx.Node)
+            # one that is joined twice is not followed further
+            parts[value] = None if value in parts or (start, stop) == (0, size) else _Window(window.dim, start, stop)
+        offset += size
+    return parts
 
 
 def _mixes(out: fx.Node, inside: set[fx.Node]) -> bool:

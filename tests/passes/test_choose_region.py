@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from tests.models import (
     DropoutBlock,
     InPlaceStack,
     JointDiT,
+    PartedBlock,
+    PartedStack,
     Plain,
     SimpleBlock,
     Stack,
@@ -85,6 +88,46 @@ back:
 in: context h t
 out: getitem_1 = h + ...""",
     )
+
+
+class Alike(PartedStack):
+    """Two streams of one shape, which are joined and sliced in each block: where that is done tells them apart."""
+
+    def run_blocks(self, h: Tensor, t: Tensor) -> Tensor:
+        side = torch.tanh(h)
+        for block in self.blocks:
+            h, side = block(h, t, side)
+        return side if self.side else h
+
+    def __init__(self, block: Callable[[], nn.Module], side: bool) -> None:
+        super().__init__(3, block)
+        self.side = side
+
+
+class NegativeDimension(PartedBlock):
+    """Joined along what is named from the end, the slices one after the other."""
+
+    def forward(self, x: Tensor, t: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        joined = SimpleBlock.forward(self, torch.cat((side, x), dim=-2), t)
+        rest = joined[:, 2:]
+        return rest[:, 4:, :], joined[:, :6]
+
+
+@pytest.mark.parametrize("block", [PartedBlock, NegativeDimension])
+@pytest.mark.parametrize("side", [False, True])
+def test_of_streams_of_one_shape_the_base_is_the_one_that_is_continued(block: type[PartedBlock], side: bool) -> None:
+    region = chosen_in(lambda: Alike(block, side))
+    assert isinstance(region, Region) and region.front == ("blocks.0",)
+    (out,) = region.live_outs
+    assert out.base is not None and out.additive
+    assert cut_of(out.base) == cut_of(out.node)
+
+
+def cut_of(node: fx.Node) -> list[slice]:
+    """Where a value was sliced from."""
+    index = node.args[1]
+    assert node.target is operator.getitem and isinstance(index, tuple)
+    return [each for each in index if each != slice(None)]
 
 
 def test_two_streams_that_leave_have_a_base_each() -> None:
