@@ -312,7 +312,9 @@ def _base_of(
         return None, False
     depends, adds = _reached(out, inside)
     alike = [node for node in streams if node in depends and not is_parameter(node) and _same_shape(example_of(node), value)]
+    continued = _continued(out, inside) if len(alike) > 1 else set()
     for wanted in (
+        [node for node in alike if node in continued and node in made_before],
         [node for node in alike if node in adds and node in made_before],
         [node for node in alike if node in made_before],
         [node for node in alike if node in adds],
@@ -331,32 +333,52 @@ def _same_shape(a: object, b: torch.Tensor) -> bool:
 
 
 def _reached(out: fx.Node, inside: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The live-ins that ``out`` depends on, and those it reaches through additions and reshapes alone.
-
-    Of streams that are joined and sliced again, the second are those whose part of the joint one ``out`` is.
-    """
+    """The live-ins that ``out`` depends on, and those it reaches through additions and reshapes alone."""
     depends: set[fx.Node] = set()
     adds: set[fx.Node] = set()
-    seen: set[tuple[fx.Node, bool, _Window | None]] = set()
-    stack: list[tuple[fx.Node, bool, _Window | None]] = [(out, True, None)]
+    seen: set[tuple[fx.Node, bool]] = set()
+    stack = [(out, True)]
     while stack:
-        node, additive, window = stack.pop()
-        if (node, additive, window) in seen:
+        node, additive = stack.pop()
+        if (node, additive) in seen:
             continue
-        seen.add((node, additive, window))
+        seen.add((node, additive))
         if node not in inside:
             depends.add(node)
             if additive:
                 adds.add(node)
             continue
-        carries = additive and (_is_addition(node) or _is_shaping(node) or node.target in _JOINING)
-        parts = _joined_parts(node, window) if carries and window is not None and node.target is torch.cat else None
-        for argument in node.all_input_nodes:
-            if parts is not None:
-                stack.append((argument, argument in parts, parts.get(argument)))
-            else:
-                stack.append((argument, carries, _window_into(node, argument, window) if carries else None))
+        carries = additive and _carries(node)
+        stack.extend((argument, carries) for argument in node.all_input_nodes)
     return depends, adds
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether a value is a sum of others, others in another shape, or others side by side."""
+    return _is_addition(node) or _is_shaping(node) or node.target in _JOINING
+
+
+def _continued(out: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """Of the live-ins that ``out`` reaches through additions and reshapes those whose part of what is joined it is.
+
+    Streams of one shape that are joined and sliced in every block are told apart so.
+    """
+    found: set[fx.Node] = set()
+    seen: set[tuple[fx.Node, _Window | None]] = set()
+    stack: list[tuple[fx.Node, _Window | None]] = [(out, None)]
+    while stack:
+        node, window = stack.pop()
+        if (node, window) in seen:
+            continue
+        seen.add((node, window))
+        if node not in inside:
+            found.add(node)
+        elif _carries(node):
+            parts = _joined_parts(node, window) if window is not None and node.target is torch.cat else None
+            if parts is None:
+                parts = {argument: _window_into(node, argument, window) for argument in node.all_input_nodes}
+            stack.extend(parts.items())
+    return found
 
 
 class _Window(NamedTuple):
@@ -374,18 +396,16 @@ def _window_into(node: fx.Node, argument: fx.Node, window: _Window | None) -> _W
         return None
     if _is_addition(node):
         return window if window is not None and made.shape[window.dim] == given.shape[window.dim] else None
-    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+    index: Any = node.args[1] if node.target is operator.getitem else None
+    cut = [dim for dim, each in enumerate(index) if each != slice(None)] if isinstance(index, tuple) else []
+    if len(cut) != 1 or not isinstance(index[cut[0]], slice):
         return None
-    cut = [dim for dim, each in enumerate(node.args[1]) if each != slice(None)]
-    if len(cut) != 1 or not isinstance(node.args[1][cut[0]], slice):
+    dim, size, bounds = cut[0], given.shape[cut[0]], index[cut[0]]
+    known = all(isinstance(each, int) for each in (size, bounds.start or 0, bounds.stop or 0))
+    if not known or bounds.step not in (None, 1) or (window is not None and window.dim != dim):
         return None
-    size, bounds = given.shape[cut[0]], node.args[1][cut[0]]
-    if not all(isinstance(each, int) for each in (size, *(x for x in (bounds.start, bounds.stop) if x is not None))):
-        return None
-    start, stop, step = bounds.indices(size) if bounds.step in (None, 1) else (0, 0, 0)
-    if not step or (window is not None and window.dim != cut[0]):
-        return None
-    return _Window(cut[0], start, stop) if window is None else _Window(cut[0], start + window.start, start + window.stop)
+    start, stop, _ = bounds.indices(size)
+    return _Window(dim, start, stop) if window is None else _Window(dim, start + window.start, start + window.stop)
 
 
 def _joined_parts(node: fx.Node, window: _Window) -> dict[fx.Node, _Window | None] | None:
