@@ -63,6 +63,12 @@ def _ratio(value: float | None, by: float | None) -> str:
     return "–" if value is None or by is None else f"{value / by:.3f}"
 
 
+def _saved(own: Mapping[str, float], best: float) -> str:
+    """Of a computed and a skipped step, what the best possible pair takes."""
+    pair = own["computed"] + own["skipped"] if {"computed", "skipped"} <= own.keys() else None
+    return "–" if pair is None else _ratio(best, pair)
+
+
 def steps_table(measured: Mapping[str, Found]) -> list[str]:
     """One row a variant."""
     plain = medians(measured["plain"])["computed"]
@@ -82,15 +88,12 @@ def steps_table(measured: Mapping[str, Found]) -> list[str]:
         else:
             own = medians(found)
             computed, skipped = own.get("computed"), own.get("skipped")
-            ideal = None
-            if computed is not None and skipped is not None:
-                ideal = f"{(plain + floor) / (computed + skipped):.3f}"
             cells = [
                 marks(found),
                 _ratio(computed, plain),
                 _ratio(skipped, plain),
                 _ratio(skipped, floor),
-                ideal or "–",
+                _saved(own, plain + floor),
                 f"{computed * 1e3:.2f} ({spread(found)})" if computed is not None else f"all {own['all'] * 1e3:.2f}",
             ]
         kept = f"{found['cached_bytes'] / 1e6:.2f}" if "cached_bytes" in found else ""
@@ -127,11 +130,11 @@ def depth_table(measured: Mapping[str, Mapping[str, Found]]) -> list[str]:
     columns = [f"{name}, {what}" for what in told for name in names]
     lines = [f"| model | plain, ms | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for label, found in sorted(measured.items(), key=lambda each: _depth(each[0])):
-        own = {name: medians(found[name]) for name in names}
+        own = {name: {} if "failed" in found[name] else medians(found[name]) for name in names}
         plain = medians(found["plain"])["computed"]
         best = plain + statistics.median(each["seconds"] for each in found["floor"]["steps"])
         cells = [_ratio(own[name].get(kind), plain) for kind in ("computed", "skipped") for name in names]
-        cells += [_ratio(best, own[name].get("computed", 0.0) + own[name].get("skipped", 0.0)) for name in names]
+        cells += [_saved(own[name], best) for name in names]
         lines.append(f"| {subject(label).title} | {plain * 1e3:.2f} | {' | '.join(cells)} |")
     return lines
 

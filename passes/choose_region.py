@@ -395,7 +395,9 @@ def _window_into(node: fx.Node, argument: fx.Node, window: _Window | None) -> _W
     if not isinstance(made, torch.Tensor) or not isinstance(given, torch.Tensor) or made.dim() != given.dim():
         return None
     if _is_addition(node):
-        return window if window is not None and made.shape[window.dim] == given.shape[window.dim] else None
+        sizes = [] if window is None else [made.shape[window.dim], given.shape[window.dim]]
+        # two symbols are not compared: that would be a guard
+        return window if sizes and all(isinstance(each, int) for each in sizes) and sizes[0] == sizes[1] else None
     index: Any = node.args[1] if node.target is operator.getitem else None
     cut = [dim for dim, each in enumerate(index) if each != slice(None)] if isinstance(index, tuple) else []
     if len(cut) != 1 or not isinstance(index[cut[0]], slice):
@@ -410,7 +412,7 @@ def _window_into(node: fx.Node, argument: fx.Node, window: _Window | None) -> _W
 
 def _joined_parts(node: fx.Node, window: _Window) -> dict[fx.Node, _Window | None] | None:
     """Which of the values that are joined lie within a part of the result, and which part of each; None: not known."""
-    values = node.args[0]
+    values = node.args[0] if node.args else node.kwargs.get("tensors")
     dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     if not isinstance(values, (tuple, list)) or not isinstance(dim, int):
         return None

@@ -108,7 +108,7 @@ class NegativeDimension(PartedBlock):
     """Joined along what is named from the end, the slices one after the other."""
 
     def forward(self, x: Tensor, t: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        joined = SimpleBlock.forward(self, torch.cat((side, x), dim=-2), t)
+        joined = SimpleBlock.forward(self, torch.cat(tensors=(side, x), dim=-2), t)
         rest = joined[:, 2:]
         return rest[:, 4:, :], joined[:, :6]
 
