@@ -4,6 +4,7 @@ long compiling takes, beside plain `torch.compile` and the peers.
     make bench                                            the named part, forty minutes: small subjects, one large one, depths
     make bench ARGS="--full"                              every variant of every subject, dynamic sizes, more depths: hours
     make bench ARGS="--subjects flux-small --no-peers"    one subject, ours alone
+    make bench ARGS="--subjects wan:depth=8,heads=4 --depths"    another shape, else as wan-small; no depths
     make bench ARGS="--device cuda"                       on a GPU (peers included)
 
 Every variant is a process of its own, asked for a step in turn (A B C D A B C D …), so that a machine whose speed drifts
@@ -32,7 +33,7 @@ import torch
 import tradeoff
 from processes import FOLDER, Worker, own_python, peers_python
 from speed_report import write_report
-from subjects import SUBJECTS
+from subjects import SUBJECTS, maker
 from variants import VARIANTS
 
 # what is measured of each subject where no variants are named: all, or these
@@ -101,7 +102,7 @@ def _parts(arguments: argparse.Namespace) -> list[tuple[str, list[str], list[str
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="*", choices=list(SUBJECTS))
+    parser.add_argument("--subjects", nargs="*", type=_subject_name, help=f"of {', '.join(SUBJECTS)}, or a shape")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="plain and floor are always among them")
     parser.add_argument("--full", action="store_true", help="every subject, and dynamic sizes")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
@@ -114,6 +115,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="out/bench")
     return parser.parse_args()
+
+
+def _subject_name(name: str) -> str:
+    try:
+        maker(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:

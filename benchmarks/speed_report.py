@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tradeoff
-from subjects import SUBJECTS, subject
+from subjects import subject
 
 # a step whose result is farther from the eager model's is a skipped one; rounding stays far below
 SKIPPED = 1e-4
@@ -144,6 +145,11 @@ def _depth(label: str) -> int:
     return int(label.rpartition("-")[2]) if "-deep-" in label else 0
 
 
+def _file_name(label: str) -> str:
+    """A subject's name, which may be a shape, as part of a file's."""
+    return re.sub(r"[^\w.-]+", "-", label)
+
+
 def write_report(results: Mapping[str, Any], out: Path) -> None:
     """results.md and, where matplotlib is there, the plots into a folder."""
     machine = results["machine"]
@@ -160,7 +166,7 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
             continue
         dynamic = ", sizes dynamic" if label.endswith("dynamic") else ""
         lines += [f"### {subject(label.split()[0]).title}{dynamic}", "", *steps_table(measured), ""]
-        plots.append(partial(plot_run, measured, out / f"run-{label.replace(' ', '-')}.png", label))
+        plots.append(partial(plot_run, measured, out / f"run-{_file_name(label)}.png", label))
     if results["compile"]:
         lines += ["### Seconds of the first three calls (ratio to plain)", ""]
         lines += [*compile_table(results["compile"]), ""]
@@ -172,7 +178,7 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
         plots.append(partial(plot_tradeoff, points, out / "speed-fidelity.png"))
     for label, measured in results["host"].items():
         added = ", ".join(f"{name} {value:.0f} µs" for name, value in measured.items() if name.endswith("adds"))
-        title = SUBJECTS[label]().title
+        title = subject(label).title
         weights = f"; of that, comparing the weights takes {measured['comparing the weights takes']:.0f} µs"
         told = f"plain {measured['plain']:.0f} µs; {added}{weights}"
         lines += [f"### Host time a call, without kernels: {title}", "", told, ""]

@@ -210,23 +210,56 @@ def _thousands(step: int) -> torch.Tensor:
     return torch.tensor([1000.0 - step])
 
 
+# The models of random weights, each with the numbers that describe it and what they are where they are not given.
+FAMILIES: dict[str, tuple[Callable[..., Subject], dict[str, int]]] = {
+    "flux": (flux_shaped, {"double": 2, "single": 4, "heads": 2, "side": 8, "text": 64}),
+    "wan": (wan_shaped, {"depth": 6, "heads": 2, "side": 8, "frames": 3, "text": 64}),
+    "qwen": (qwen_shaped, {"depth": 6, "heads": 2, "side": 8, "text": 64}),
+    "sd3": (sd3_shaped, {"depth": 6, "heads": 2, "side": 8, "text": 64}),
+}
 # small: calls and guards weigh; large: arithmetic does
-SUBJECTS: dict[str, Callable[[], Subject]] = {
-    "demo": demo_model,
-    "flux-small": partial(flux_shaped, 2, 4, heads=2, side=8),
-    "wan-small": partial(wan_shaped, 6, heads=2, side=8, frames=3),
-    "qwen-small": partial(qwen_shaped, 6, heads=2, side=8),
-    "sd3-small": partial(sd3_shaped, 6, heads=2, side=8),
-    "flux-large": partial(flux_shaped, 4, 8, heads=8, side=24),
-    "wan-large": partial(wan_shaped, 12, heads=8, side=24, frames=4),
-    "qwen-large": partial(qwen_shaped, 12, heads=8, side=24),
-    "sd3-large": partial(sd3_shaped, 12, heads=8, side=24),
+SUBJECTS: dict[str, str] = {
+    "demo": "demo",
+    "flux-small": "flux",
+    "wan-small": "wan",
+    "qwen-small": "qwen",
+    "sd3-small": "sd3",
+    "flux-large": "flux:double=4,single=8,heads=8,side=24",
+    "wan-large": "wan:depth=12,heads=8,side=24,frames=4",
+    "qwen-large": "qwen:depth=12,heads=8,side=24",
+    "sd3-large": "sd3:depth=12,heads=8,side=24",
 }
 
 
 def subject(name: str) -> Subject:
-    """A subject by name; ``flux-deep-N``: N small Flux-shaped blocks, one of four of two streams."""
-    if name.startswith("flux-deep-"):
-        depth = int(name.rpartition("-")[2])
-        return flux_shaped(depth // 4, depth - depth // 4, heads=2, side=8)
-    return SUBJECTS[name]()
+    """A subject by name; ``flux-deep-N``: N small Flux-shaped blocks, one of four of two streams; else a shape, such as
+    ``flux:double=3,single=5,heads=4,side=12``.
+
+    Raises:
+        ValueError: there is none of that name, or the shape is none; it says what there is.
+    """
+    return maker(name)()
+
+
+def maker(name: str) -> Callable[[], Subject]:
+    """What makes a subject, by its name: as `subject`, which calls it."""
+    if name == "demo":
+        return demo_model
+    family, _, given = _shape(name).partition(":")
+    if family not in FAMILIES:
+        shapes = [f"{each}:{','.join(f'{key}={n}' for key, n in usual.items())}" for each, (_, usual) in FAMILIES.items()]
+        raise ValueError(f"no subject {name!r}: there are {', '.join([*SUBJECTS, 'flux-deep-N', *shapes])}")
+    make, numbers = FAMILIES[family][0], dict(FAMILIES[family][1])
+    for each in filter(None, given.split(",")):
+        key, _, value = each.partition("=")
+        if key not in numbers or not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"{each!r} in {name!r}: wanted is one of {', '.join(numbers)}, = and a whole number from 1")
+        numbers[key] = int(value)
+    return partial(make, **numbers)
+
+
+def _shape(name: str) -> str:
+    deep, _, depth = name.rpartition("-")
+    if deep == "flux-deep" and depth.isdecimal() and int(depth) >= 4:
+        return f"flux:double={int(depth) // 4},single={int(depth) - int(depth) // 4}"
+    return SUBJECTS.get(name, name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,13 +9,10 @@ import pytest
 
 
 @pytest.fixture
-def host_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+def host_time(benchmarks: Path) -> ModuleType:
     import host_time
 
-    yield host_time
-    for name in ("host_time", "subjects"):
-        sys.modules.pop(name, None)
+    return host_time
 
 
 class Clock:

@@ -13,14 +13,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def quality(benchmarks: Path) -> ModuleType:
     """benchmarks/quality.py as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
     import quality
 
     return quality

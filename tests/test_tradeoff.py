@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -13,16 +12,13 @@ import pytest
 
 
 @pytest.fixture
-def tradeoff(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+def tradeoff(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import tradeoff
 
     # two ways of each kind, and short runs
     monkeypatch.setattr(tradeoff, "RATIOS", (2.0, 4.0))
     monkeypatch.setattr(tradeoff, "SETTING", tradeoff.Setting(samples=1, steps=12))
-    yield tradeoff
-    for name in ("tradeoff", "speed_report", "host_time", "run", "processes", "subjects", "variants"):
-        sys.modules.pop(name, None)
+    return tradeoff
 
 
 @pytest.mark.slow
