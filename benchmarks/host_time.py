@@ -33,6 +33,8 @@ from cache_dit.runtime.timing import CallTimer
 CALLS = 600
 # The first calls, which compile and allocate.
 SETTLED = 20
+# Schedules: every step computes; all but the first two are skipped.
+COMPUTES, SKIPS = "1", "11" + "0" * 10 * CALLS
 # What a call goes through, by the functions whose time is that of the part.
 PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "brackets of the call": ((CachedCall, "_bracketed"), (Session, "begin"), (Session, "end"), (CachedGraph, "__call__")),
@@ -66,17 +68,23 @@ def remembering(gm: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[.
     return run
 
 
+def _plain(measured: Subject) -> Callable[..., Any]:
+    return torch.compile(copy.deepcopy(measured.model), backend=remembering)
+
+
+def _cached(measured: Subject, schedule: str) -> Any:
+    """The model cached by a schedule, with nothing that a step need not do."""
+    quiet: dict[str, Any] = {"forecast": "reuse", "noise_scale": 0.0, "correction": False, "inner": remembering}
+    return cache_dit.enable_cache(copy.deepcopy(measured.model), schedule=schedule, **quiet)
+
+
 def measure(name: str, device: str = "cpu") -> dict[str, float]:
     """Medians of microseconds a call, plain and ours, computing and skipping, in turns; and what watching the weights takes."""
     measured = subject(name)
     measured.model.to(device)
-    plain = torch.compile(copy.deepcopy(measured.model), backend=remembering)
-    quiet: dict[str, Any] = {"forecast": "reuse", "noise_scale": 0.0, "correction": False, "inner": remembering}
-    ours = {
-        "computing": cache_dit.enable_cache(copy.deepcopy(measured.model), schedule="1", **quiet),
-        "skipping": cache_dit.enable_cache(copy.deepcopy(measured.model), schedule="11" + "0" * 10 * CALLS, **quiet),
-        "alternating": cache_dit.enable_cache(copy.deepcopy(measured.model), schedule="10" * 10 * CALLS, **quiet),
-    }
+    plain = _plain(measured)
+    schedules = {"computing": COMPUTES, "skipping": SKIPS, "alternating": "10" * 10 * CALLS}
+    ours = {kind: _cached(measured, schedule) for kind, schedule in schedules.items()}
     calls = {"plain": plain, **ours}
     medians = _in_turns(measured, calls, device)
     added = {f"{kind} adds": medians[kind] - medians["plain"] for kind in ours}
@@ -166,13 +174,8 @@ def parts_of(name: str, device: str = "cpu") -> dict[str, dict[str, float]]:
     """Medians of microseconds a call by part, of calls that skip and calls that compute, in turns with plain."""
     measured = subject(name)
     measured.model.to(device)
-    quiet: dict[str, Any] = {"forecast": "reuse", "noise_scale": 0.0, "correction": False, "inner": remembering}
-    schedules = {"computing": "1", "skipping": "11" + "0" * 10 * CALLS}
-    models = {
-        kind: cache_dit.enable_cache(copy.deepcopy(measured.model), schedule=schedule, **quiet)
-        for kind, schedule in schedules.items()
-    }
-    plain = torch.compile(copy.deepcopy(measured.model), backend=remembering)
+    models = {"computing": _cached(measured, COMPUTES), "skipping": _cached(measured, SKIPS)}
+    plain = _plain(measured)
     taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in models}
     with torch.no_grad(), Parts() as parts:
         for step in range(CALLS):
