@@ -50,13 +50,7 @@ def compiled_for_this_module_alone() -> Iterator[None]:
 
 
 @pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The modules of ``benchmarks`` and ``examples`` can be imported by their names; none of them stays."""
-    folders = [_ROOT / "benchmarks", _ROOT / "examples"]
-    for folder in folders:
-        monkeypatch.syspath_prepend(str(folder))
-    yield folders[0]
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file is not None and Path(file).parent in folders:
-            del sys.modules[name]
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules of ``benchmarks`` and ``examples`` can be imported by their names."""
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(str(_ROOT / folder))

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 
 
 @pytest.fixture
-def quality(benchmarks: Path) -> ModuleType:
+def quality(benchmarks: None) -> ModuleType:
     """benchmarks/quality.py as a module."""
     import quality
 

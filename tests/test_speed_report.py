@@ -87,3 +87,23 @@ def test_steps_over_depth_have_a_row_for_each_model() -> None:
     assert [row.split("|")[1].strip()[:25] for row in rows] == ["Flux-shaped (2 + 6 blocks", "Flux-shaped (4 + 12 block"]
     told = "| 10.00 | 1.000 | 1.100 | – | 1.000 | 0.100 | 0.200 | – | – | 1.000 | 0.846 | – | – |"
     assert all(row.endswith(told) for row in rows)
+
+
+def test_seconds_of_first_calls_have_a_row_for_each_model_and_state() -> None:
+    from speed_report import compile_table
+
+    def started(*seconds: float) -> dict[str, Any]:
+        return {"cold": {"first_calls": [*seconds, 1.0]}, "warm": {"first_calls": [1.0]}}
+
+    failed = {"cold": {"failed": "no"}, "warm": {"failed": "no"}}
+    ways = {"plain": started(3.0), "pieces": started(1.0)}
+    head, _, *rows = compile_table({"flux-deep-16": ways, "flux-deep-8": {**ways, "DBCache": failed}})
+    assert head == "| model | state | plain | pieces | DBCache |"
+    told = [[cell.strip() for cell in row.split("|")[2:-1]] for row in rows]
+    assert [row.split("|")[1].strip()[:17] for row in rows] == ["Flux-shaped (2 + "] * 2 + ["Flux-shaped (4 + "] * 2
+    assert told == [
+        ["cold", "4.0 s (1.00)", "2.0 s (0.50)", "does not run"],
+        ["warm", "1.0 s (1.00)", "1.0 s (1.00)", "does not run"],
+        ["cold", "4.0 s (1.00)", "2.0 s (0.50)", "not measured"],
+        ["warm", "1.0 s (1.00)", "1.0 s (1.00)", "not measured"],
+    ]

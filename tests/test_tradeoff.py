@@ -12,7 +12,7 @@ import pytest
 
 
 @pytest.fixture
-def tradeoff(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def tradeoff(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import tradeoff
 
     # two ways of each kind, and short runs
